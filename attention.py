@@ -38,9 +38,11 @@
 # Multi-head attention lets $h$ heads do so side by side, each in a projection of its
 # own, and mixes their results with one more linear map (their Section 3.2.2):
 #
-# $$\operatorname{MultiHead}(Q, K, V) =
-#   \operatorname{Concat}(\mathrm{head}_1, \dots, \mathrm{head}_h) W^O,
-#   \quad \mathrm{head}_i = \operatorname{Attention}(Q W_i^Q, K W_i^K, V W_i^V)$$
+# $$\begin{aligned}
+#   \operatorname{MultiHead}(Q, K, V) &=
+#   \operatorname{Concat}(\mathrm{head}_1, \dots, \mathrm{head}_h) W^O, \\
+#   \mathrm{head}_i &= \operatorname{Attention}(Q W_i^Q, K W_i^K, V W_i^V)
+#   \end{aligned}$$
 #
 # In *self*-attention queries, keys and values are all computed from the same tokens,
 # here the $L = H \cdot W$ tokens of a grid.
@@ -89,7 +91,7 @@ def choose_device():
 
 
 # %% tags=["active-ipynb"]
-# # %config InlineBackend.figure_formats = ["svg", "png"]
+# %config InlineBackend.figure_formats = ["svg", "png"]
 # device = choose_device()
 # print(f"torch {torch.__version__} on {device}")
 

@@ -24,7 +24,6 @@ from pathlib import Path
 
 import einops
 import httpx
-import pooch
 import safetensors
 import safetensors.torch
 import torch
@@ -149,7 +148,8 @@ def is_present(dataset, cache_dir):
     """
     folder = Path(cache_dir, dataset.base_folder)
     files = [*dataset.train_list, *dataset.test_list]
-    files.append((dataset.meta["filename"], dataset.meta["md5"]))
+    if dataset.meta:  # a generated data set has no files
+        files.append((dataset.meta["filename"], dataset.meta["md5"]))
     return all(check_integrity(folder / name, md5) for name, md5 in files)
 
 
@@ -178,6 +178,8 @@ def fetch(dataset, cache_dir, sources=SOURCES):
             _unpack(archive, cache_dir, dataset.base_folder)
             return
         tried.append(f"{archive}: wrong MD5, so it is incomplete or another file")
+    import pooch  # only here: in a notebook, importing it prints a warning
+
     pooch.get_logger().setLevel("WARNING")
     for source in sources:
         print(f"CIFAR-10 from {source}", flush=True)
@@ -259,7 +261,7 @@ class _KernelDisplay:
         from IPython.display import display
 
         self.lines = []
-        self.handle = display({"text/plain": ""}, raw=True, display_id=True)
+        self.handle = display({"text/plain": "..."}, raw=True, display_id=True)
 
     def write(self, text):
         if text.strip():

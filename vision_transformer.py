@@ -46,6 +46,7 @@ The file is the paired script of ``vision_transformer.ipynb``. Cells tagged
 
 import argparse
 import time
+import warnings
 
 import torch
 from einops import rearrange
@@ -64,7 +65,7 @@ from attention import (
 )
 
 # %% tags=["active-ipynb"]
-# # %config InlineBackend.figure_formats = ["svg", "png"]
+# %config InlineBackend.figure_formats = ["svg", "png"]
 # device = choose_device()
 # print(f"torch {torch.__version__} on {device}")
 
@@ -556,6 +557,9 @@ def make_loaders(cache_dir, batch_size):
     val_set = CIFAR10(
         root=cache_dir, train=False, transform=VAL_TRANSFORM, download=True
     )
+    # Four workers belong to the recipe, since their seeds decide the augmentation;
+    # on machines with fewer cores torch advises against them, at every iteration
+    warnings.filterwarnings("ignore", message="This DataLoader will create")
     train_loader = DataLoader(
         train_set, batch_size, shuffle=True, drop_last=True, num_workers=4
     )
@@ -668,18 +672,19 @@ def train(model, run, cache_dir, batch_size, lr, device):
 # this model and these parameters. With `TRAIN = True` a run without a record is
 # trained, from its last checkpoint if there is one.
 
-# %% tags=["active-ipynb"]
+# %% tags=["active-ipynb", "switch"]
 # TRAIN = False
 
 # %% tags=["active-ipynb"]
-# from training import Run
+# from training import Run, fetch
 #
 # torch.manual_seed(SEED)
 # model = VisionTransformer().to(device)
 # run = Run(CIFAR10.__name__, BATCH_SIZE, LR, N_EPOCHS, SEED, device)
-# if run.load_record(model) is None and TRAIN:
-#     train(model, run, DATASET_CACHE_DIR, BATCH_SIZE, LR, device)
-# history = run.history
+# history = run.load_record(model)
+# if history is None and TRAIN:
+#     fetch(CIFAR10, DATASET_CACHE_DIR)
+#     history = train(model, run, DATASET_CACHE_DIR, BATCH_SIZE, LR, device)
 # print(run.summary())
 
 # %% [markdown]

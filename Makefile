@@ -1,0 +1,23 @@
+# Every target is a command of report/make.py, which also works without make:
+# `python report/make.py report` is `make report`.
+PYTHON ?= python3
+TARGETS := report notebooks demo test zip verify lab clean
+
+.PHONY: help $(TARGETS)
+help:
+	@"$(PYTHON)" report/make.py
+
+$(TARGETS):
+	@"$(PYTHON)" report/make.py $@
+
+# Values reach the command through the environment, as they were typed: make itself
+# would expand a dollar sign in them.
+ifdef SURNAME
+override export SURNAME := $(value SURNAME)
+endif
+ifdef GIVEN_NAME
+override export GIVEN_NAME := $(value GIVEN_NAME)
+endif
+ifdef MATRICULATION
+override export MATRICULATION := $(value MATRICULATION)
+endif

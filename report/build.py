@@ -1,0 +1,189 @@
+"""The commands that execute notebooks and make reports from them.
+
+Only a finished default run, whose record lies in ``report/run``, may change the
+notebooks that are tracked and the report that is handed in. Everything else is written
+below ``build/``.
+"""
+
+import json
+import shutil
+import time
+from pathlib import Path
+
+import nbformat
+import torch
+
+from report import notebooks
+from report.pdf import make_pdf
+from training import (
+    DEFAULTS,
+    HISTORY_NAME,
+    Run,
+    TrainingError,
+    fetch,
+)
+
+ATTENTION = Path("attention.ipynb")
+TRANSFORMER = Path("vision_transformer.ipynb")
+BUILD = Path("build")
+ATTENTION_SECONDS = 600  # a cell that takes longer hangs
+LIVE, RECORDED = "executed live", "outputs as recorded"
+
+DEMO_SETTINGS = {"dataset": "DemoCIFAR10", "batch_size": 32, "n_epochs": 3}
+DEMO_CELL = """\
+# DEMO DATA, generated, instead of CIFAR-10: see report/demo.py
+from report.demo import DemoCIFAR10 as CIFAR10
+
+BATCH_SIZE, N_EPOCHS, TRAIN = {batch_size}, {n_epochs}, True
+DATASET_CACHE_DIR = "build/demo"\
+"""
+RUN_CELL = """\
+# Set on the command line
+BATCH_SIZE, LR, N_EPOCHS, TRAIN = {batch_size}, {lr!r}, {n_epochs}, True\
+"""
+
+
+def _announce(what):
+    print(f"{what} ...", flush=True)
+    return time.perf_counter()
+
+
+def _done(start):
+    print(f"  done in {time.perf_counter() - start:.0f} s", flush=True)
+
+
+def _execute(path, injected=None, timeout=None):
+    """Build a notebook from its script, execute it, and return it."""
+    start = _announce(f"Executing {path}")
+    notebook = notebooks.read_script(path.with_suffix(".py"))
+    if injected:
+        notebooks.inject(notebook, injected)
+    notebooks.execute(notebook, path.name, Path.cwd(), timeout)
+    _done(start)
+    return notebook
+
+
+def _run(settings):
+    return Run(device=torch.device("cpu"), **settings)
+
+
+def _has_record(settings):
+    return (_run(settings).record_folder / HISTORY_NAME).is_file()
+
+
+def _provenance(how):
+    """Describe how each notebook came by its outputs: rows for the first page."""
+    rows = []
+    for path, (notebook, way) in how.items():
+        facts = notebook.metadata.get("provenance", {})
+        if facts:
+            way += (
+                f" on {facts['executed']}: {facts['system']}, Python "
+                f"{facts['python']}, torch {facts['torch']}"
+            )
+        rows.append([path.name, way])
+    return rows
+
+
+def _make_report(how, settings, student, folder, target, demo=False):
+    """Store notebooks in a folder, and make the PDF of them."""
+    stored = [folder / path.name for path in how]
+    for path, (notebook, way) in zip(stored, how.values(), strict=True):
+        if way == LIVE or folder != Path():
+            notebooks.store(notebook, path)
+    start = _announce(f"Making {target.as_posix()}")
+    run = _run(settings)
+    history = run.record_folder / HISTORY_NAME
+    rows = _provenance(how)
+    rows.append(["training", _training_row(run, history)])
+    make_pdf(stored, history, student, rows, target, demo=demo)
+    _done(start)
+    if student.is_placeholder:
+        print("It is a DRAFT: fill in report/student.toml, or give SURNAME= and")
+        print("MATRICULATION=, to get one that can be handed in.")
+
+
+def _training_row(run, history):
+    """Describe the run that the report shows, in one line."""
+    if not history.is_file():
+        return "no finished run is recorded"
+    facts = json.loads(history.read_text(encoding="utf-8"))
+    return (
+        f"{facts['dataset']}, batch size {facts['batch_size']}, learning rate "
+        f"{facts['lr']:g}, {facts['n_epochs']} epochs, seed {facts['seed']}: "
+        f"{facts['date']}, {facts['machine']}, torch {facts['versions']['torch']}"
+    )
+
+
+def report(settings, student):
+    """Execute both notebooks and make the PDF.
+
+    The run with these settings is trained, or continued, when there is no record of it.
+    Without the data set the Vision Transformer's outputs are taken as they are stored.
+
+    Args:
+        settings: as the attributes ``settings`` of ``training.Run``.
+        student: a ``Student``.
+
+    Raises:
+        NotebookError: a cell failed.
+        TrainingError: a record or checkpoint does not fit.
+        PdfError: the report could not be typeset.
+    """
+    default = settings == DEFAULTS
+    how = {ATTENTION: (_execute(ATTENTION, timeout=ATTENTION_SECONDS), LIVE)}
+    try:
+        from torchvision.datasets import CIFAR10
+
+        fetch(CIFAR10, "data")
+    except TrainingError as error:
+        print(f"{error}\n")
+        print(f"Without the data, {TRANSFORMER} is taken with the outputs it has.")
+        if not TRANSFORMER.is_file():
+            raise
+        how[TRANSFORMER] = nbformat.read(TRANSFORMER, as_version=4), RECORDED
+    else:
+        if not _has_record(settings):
+            print(f"There is no record of this run, so it is trained: {settings}")
+        executed = _execute(TRANSFORMER, RUN_CELL.format(**settings))
+        if default:
+            notebooks.remove_injected(executed)
+        how[TRANSFORMER] = executed, LIVE
+
+    if default and _has_record(settings):
+        folder, target = Path(), Path("report", f"{student.stem}.pdf")
+    else:
+        folder = BUILD / "report" / _run(settings).folder.name
+        target = folder / f"{student.stem}.pdf"
+        print(f"This is not the finished default run: all of it is below {folder}.")
+    _make_report(how, settings, student, folder, target)
+
+
+def store_notebooks():
+    """Execute both notebooks as they are, without training, and store them.
+
+    For whoever edits text or figures: the tracked outputs follow the scripts.
+    """
+    for path, timeout in ((ATTENTION, ATTENTION_SECONDS), (TRANSFORMER, None)):
+        notebooks.store(_execute(path, timeout=timeout), path)
+
+
+def demo(student):
+    """Execute both notebooks on generated data, and make a PDF that says so.
+
+    Args:
+        student: a ``Student``.
+
+    Raises:
+        NotebookError: a cell failed.
+        PdfError: the report could not be typeset.
+    """
+    settings = {**DEFAULTS, **DEMO_SETTINGS}
+    shutil.rmtree(_run(settings).folder, ignore_errors=True)  # everything live
+    how = {
+        ATTENTION: (_execute(ATTENTION, timeout=ATTENTION_SECONDS), LIVE),
+        TRANSFORMER: (_execute(TRANSFORMER, DEMO_CELL.format(**settings)), LIVE),
+    }
+    folder = BUILD / "demo"
+    target = folder / f"DEMO-{student.stem}.pdf"
+    _make_report(how, settings, student, folder, target, demo=True)

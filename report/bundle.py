@@ -1,0 +1,2 @@
+class BundleError(RuntimeError):
+    pass

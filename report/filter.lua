@@ -1,0 +1,49 @@
+-- What pandoc does not know about the report: which links are citations, and that a
+-- screen reader needs words for equations and pictures.
+
+local citations = {
+  ["https://arxiv.org/abs/1706.03762"] = "vaswani2017",
+  ["https://arxiv.org/abs/2010.11929"] = "dosovitskiy2021",
+}
+
+local function typst_string(text)
+  return '"' .. text:gsub("\\", "\\\\"):gsub('"', '\\"'):gsub("%s+", " ") .. '"'
+end
+
+function Link(link)
+  local key = citations[link.target]
+  if key then
+    return pandoc.RawInline("typst", '#cite(<' .. key .. '>, form: "prose")')
+  end
+end
+
+function Math(math)
+  local inner = pandoc.write(pandoc.Pandoc({ pandoc.Plain({ math }) }), "typst")
+  inner = inner:gsub("^%s*%$%s*", ""):gsub("%s*%$%s*$", "")
+  local block = math.mathtype == "DisplayMath"
+  return pandoc.RawInline("typst", string.format(
+    "#math.equation(block: %s, alt: %s, $%s$)",
+    tostring(block), typst_string(math.text), inner
+  ))
+end
+
+-- Runs after Math and Link, so the caption's formulas and citations are done
+function Figure(figure)
+  local image
+  figure:walk({ Image = function(found) image = found end })
+  local caption = pandoc.write(pandoc.Pandoc(figure.caption.long), "typst")
+  local label = figure.identifier ~= "" and " <" .. figure.identifier .. ">" or ""
+  return pandoc.RawBlock("typst", string.format(
+    "#figure(image(%s, alt: %s), caption: [%s])%s",
+    typst_string(image.src), typst_string(pandoc.utils.stringify(image.caption)),
+    caption, label
+  ))
+end
+
+-- Columns as wide as their content: nbconvert's tables are sized by their source
+function Table(table)
+  for i, spec in ipairs(table.colspecs) do
+    table.colspecs[i] = { pandoc.AlignLeft, nil }
+  end
+  return table
+end

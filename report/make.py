@@ -1,0 +1,281 @@
+"""The commands of the project: `python report/make.py report` is `make report`.
+
+This file runs on any Python from 3.10 on. It makes the environment (.venv) when that
+is missing or outdated, and then runs the command inside it.
+"""
+
+import contextlib
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+COMMANDS = {
+    "report": "execute both notebooks and make the PDF (trains if there is no record)",
+    "notebooks": "execute and store both notebooks as they are; never trains",
+    "demo": "everything live in 3 minutes, on generated data, below build/demo",
+    "test": "run all tests and the linter",
+    "zip": "make dist/Surname-MatriculationNumber.zip, ready for Moodle",
+    "verify": "validate the recorded weights on the test images again",
+    "lab": "open JupyterLab on the notebooks",
+    "clean": "remove build/, dist/ and caches; never data, .venv or the record",
+}
+OPTIONS = {
+    "SURNAME": "identity, instead of report/student.toml",
+    "GIVEN_NAME": "",
+    "MATRICULATION": "",
+    "EPOCHS": "report: another run than the recipe's; everything below build/",
+    "BATCH_SIZE": "",
+    "LR": "",
+    "WEIGHTS": "zip: WEIGHTS=1 adds the recorded weights",
+    "CPU": "set-up: CPU=1 takes PyTorch without CUDA (Linux; 1 GB instead of 5)",
+    "VENV": "set-up: folder of the environment, instead of .venv",
+}
+CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+
+
+class CommandError(Exception):
+    """A command that cannot be done; the message is one sentence that says why."""
+
+
+# --- The environment ----------------------------------------------------------------
+
+
+def environment_folder():
+    """Return the folder of the environment, as the user may have chosen it."""
+    return ROOT / (os.environ.get("VENV") or ".venv")
+
+
+def ensure_environment():
+    """Make the environment when it is missing or outdated; return its Python."""
+    if sys.version_info < (3, 10):  # noqa: UP036 - of whoever types the command
+        raise CommandError(
+            f"Python 3.10 or newer is needed, this is {platform.python_version()}: "
+            "give another one, as in `make report PYTHON=python3.12`."
+        )
+    folder = environment_folder()
+    windows = os.name == "nt"
+    python = folder / ("Scripts/python.exe" if windows else "bin/python")
+    stamp = folder / "requirements.sha256"
+    wanted = hashlib.sha256((ROOT / "pyproject.toml").read_bytes()).hexdigest()
+    if python.exists() and stamp.exists() and stamp.read_text() == wanted:
+        return python
+    print(f"Setting up {folder.name}: a few minutes, once.", flush=True)
+    pip = [str(python), "-m", "pip", "--disable-pip-version-check", "install"]
+    index = ["--extra-index-url", CPU_INDEX] if os.environ.get("CPU") == "1" else []
+    _set_up([sys.executable, "-m", "venv", str(folder)])
+    _set_up([*pip, "--upgrade", "pip>=25.1"])  # the first to know --group
+    _set_up([*pip, *index, "--group", "test"])
+    stamp.write_text(wanted)
+    return python
+
+
+def _set_up(command):
+    """Run one step of the set-up; of its output, show what is downloaded."""
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, encoding="utf-8", errors="replace"
+    ) as process:
+        for line in process.stdout:
+            if line.lstrip().startswith(("Downloading", "Installing")):
+                print(f"  {line.strip()[:76]}", flush=True)
+    if process.returncode:
+        raise CommandError(
+            f"The environment could not be made ({' '.join(command[1:4])} ... failed, "
+            "see above): mend the cause, or the network, and type the same again."
+        )
+
+
+def run_in_environment(arguments):
+    """Run this file again with the environment's Python; return its exit code."""
+    python = ensure_environment()
+    child = {**os.environ, "PYTHONUTF8": "1"}
+    child.pop("PYTHONHOME", None)
+    command = [str(python), str(Path(__file__).resolve()), *arguments]
+    with contextlib.suppress(KeyboardInterrupt):  # the child has got it, too
+        return subprocess.run(command, env=child, check=False).returncode
+    return 130
+
+
+# --- Commands, inside the environment -------------------------------------------------
+
+
+class _Timed:
+    """Announces a step, and says how long it took."""
+
+    def __init__(self, what):
+        self.what = what
+
+    def __enter__(self):
+        print(f"{self.what} ...", flush=True)
+        self.start = time.perf_counter()
+
+    def __exit__(self, kind, *_):
+        if kind is None:
+            print(f"  done in {time.perf_counter() - self.start:.0f} s", flush=True)
+
+
+def _number(name, kind, default):
+    """Read a positive number from the environment."""
+    text = os.environ.get(name) or ""
+    try:
+        value = kind(text) if text else default
+        if not 0 < value < float("inf"):
+            raise ValueError
+    except ValueError:
+        what = "a whole number" if kind is int else "a number"
+        raise CommandError(
+            f"{name} must be {what} above 0, for example {name}={default}, got {text!r}"
+        ) from None
+    return value
+
+
+def settings():
+    """Return the settings of the run that the command line asks for."""
+    from training import DEFAULTS
+
+    return {
+        **DEFAULTS,
+        "batch_size": _number("BATCH_SIZE", int, DEFAULTS["batch_size"]),
+        "lr": _number("LR", float, DEFAULTS["lr"]),
+        "n_epochs": _number("EPOCHS", int, DEFAULTS["n_epochs"]),
+    }
+
+
+def student():
+    """Return the checked identity, with a word about what was changed in it."""
+    from report.identity import read_student
+
+    who = read_student()
+    for note in who.notes:
+        print(note)
+    return who
+
+
+def report():
+    """Execute both notebooks and make the PDF."""
+    from report import build
+
+    build.report(settings(), student())
+
+
+def notebooks():
+    """Execute and store both notebooks without training."""
+    from report import build
+
+    build.store_notebooks()
+
+
+def demo():
+    """Run everything on generated data."""
+    from report import build
+
+    build.demo(student())
+
+
+def test():
+    """Run the tests and the linter."""
+    for command in (
+        ["ruff", "check", "."],
+        ["ruff", "format", "--check", "."],
+        ["pytest"],
+    ):
+        print(f"$ {' '.join(command)}", flush=True)
+        code = subprocess.run([sys.executable, "-m", *command], check=False).returncode
+        if code:
+            raise CommandError(f"{command[0]} failed (exit code {code}), see above.")
+
+
+def zip():
+    """Make the ZIP."""
+    from report import bundle
+
+    bundle.make_zip(student(), weights=os.environ.get("WEIGHTS") == "1")
+
+
+def verify():
+    """Validate the recorded weights."""
+    command = [sys.executable, "vision_transformer.py", "--verify"]
+    if subprocess.run(command, check=False).returncode:
+        raise CommandError("The record could not be confirmed, see above.")
+
+
+def lab():
+    """Open JupyterLab."""
+    command = [sys.executable, "-m", "jupyter", "lab", "attention.ipynb"]
+    with contextlib.suppress(KeyboardInterrupt):
+        subprocess.run(command, check=False)
+
+
+def clean():
+    """Remove what can be made again."""
+    for name in ("build", "dist", ".pytest_cache", ".ruff_cache"):
+        shutil.rmtree(ROOT / name, ignore_errors=True)
+    for cache in [*ROOT.glob("__pycache__"), *ROOT.glob("[!.]*/__pycache__")]:
+        shutil.rmtree(cache, ignore_errors=True)
+
+
+def usage():
+    """Print the commands and options, one line each."""
+    print("make TARGET [NAME=VALUE ...]    (python report/make.py does the same)\n")
+    for name, what in COMMANDS.items():
+        print(f"  {name:<10}{what}")
+    print()
+    for name, what in OPTIONS.items():
+        print(f"  {name:<14}{what}")
+
+
+def main(arguments):
+    """Run one command; return the exit code."""
+    words = [word for word in arguments if "=" not in word]
+    for word in arguments:
+        name, sign, value = word.partition("=")
+        if sign and name not in OPTIONS:
+            raise CommandError(
+                f"{name} is no option; the options: {', '.join(OPTIONS)}"
+            )
+        if sign:
+            os.environ[name] = value
+    if not words or words[0] in ("help", "-h", "--help"):
+        usage()
+        return 0
+    if len(words) > 1 or words[0] not in COMMANDS:
+        raise CommandError(
+            f"{' '.join(words)!r} is no command; the commands: {', '.join(COMMANDS)}"
+        )
+    if words[0] == "clean":
+        clean()
+        return 0
+    os.chdir(ROOT)
+    if Path(sys.prefix).resolve() != environment_folder().resolve():
+        return run_in_environment(arguments)
+
+    sys.path.insert(0, str(ROOT))
+    from report.bundle import BundleError
+    from report.identity import IdentityError
+    from report.notebooks import NotebookError
+    from report.pdf import PdfError
+    from training import TrainingError
+
+    expected = (BundleError, IdentityError, NotebookError, PdfError, TrainingError)
+    try:
+        globals()[words[0]]()
+    except expected as error:
+        raise CommandError(str(error)) from error
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        code = main(sys.argv[1:])
+    except CommandError as problem:
+        print(f"error: {problem}", file=sys.stderr, flush=True)
+        code = 1
+    except KeyboardInterrupt:
+        print("\nInterrupted; the same command continues.", file=sys.stderr)
+        code = 130
+    raise SystemExit(code)

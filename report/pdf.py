@@ -1,0 +1,188 @@
+"""From executed notebooks to the PDF: nbconvert's Markdown, pandoc, Typst."""
+
+import base64
+import datetime
+import hashlib
+import json
+import re
+import shutil
+import tempfile
+from pathlib import Path
+
+import nbformat
+import pypandoc
+import pypdf
+import typst
+from nbconvert import MarkdownExporter
+
+from training import write_whole
+
+HERE = Path(__file__).parent
+SOURCES = ("template.typ", "filter.lua", "references.bib", "pdf.py")
+IMAGE_TYPES = {"image/svg+xml": "svg", "image/png": "png"}
+DEMO_KEYWORD = "demo data"
+DRAFT_KEYWORD = "draft"
+
+
+class PdfError(RuntimeError):
+    """A report that could not be made; the message says why."""
+
+
+def fingerprint(notebooks, history, student):
+    """Return what a report depends on, as hexadecimal digits.
+
+    It stands in the PDF, so that a PDF can be told from an outdated one by its content.
+
+    Args:
+        notebooks: paths of the executed notebooks.
+        history: path of the run's ``history.json``; it need not exist.
+        student: a ``Student``.
+    """
+    digest = hashlib.sha256(repr(student).encode())
+    for path in [*notebooks, history, *(HERE / name for name in SOURCES)]:
+        digest.update(path.read_bytes() if path.is_file() else b"")
+    return digest.hexdigest()
+
+
+def keywords(pdf):
+    """Return the keywords of a PDF as a list; empty if it has none."""
+    try:
+        metadata = pypdf.PdfReader(pdf).metadata
+    except (OSError, pypdf.errors.PyPdfError):
+        return []
+    return re.split(r"[,;]\s*", (metadata or {}).get("/Keywords", ""))
+
+
+def make_pdf(notebooks, history, student, provenance, target, demo=False):
+    """Make the report.
+
+    Args:
+        notebooks: paths of the executed notebooks, in the order of the sections.
+        history: path of the run's ``history.json``; it need not exist.
+        student: a ``Student``.
+        provenance: pairs (what, how), rows of the table on the first page.
+        target: path of the PDF.
+        demo: whether something else than CIFAR-10 was trained on.
+
+    Raises:
+        PdfError: pandoc or Typst refused what they were given.
+    """
+    loaded = [nbformat.read(path, as_version=4) for path in notebooks]
+    facts = {
+        "student": {
+            "surname": student.surname,
+            "given_name": student.given_name,
+            "matriculation_number": student.matriculation_number,
+        },
+        "provenance": provenance,
+        "draft": student.is_placeholder,
+        "demo": demo,
+        "keywords": [
+            *([DEMO_KEYWORD] if demo else []),
+            *([DRAFT_KEYWORD] if student.is_placeholder else []),
+            fingerprint(notebooks, history, student),
+        ],
+        "date": _date_of(loaded),
+    }
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        for name in SOURCES:
+            shutil.copy(HERE / name, folder)
+        (folder / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
+        parts = [
+            to_markdown(notebook, folder, prefix=path.stem)
+            for path, notebook in zip(notebooks, loaded, strict=True)
+        ]
+        try:
+            body = pypandoc.convert_text(
+                "\n\n".join(parts),
+                to="typst",
+                format="markdown-auto_identifiers-citations",
+                extra_args=[f"--lua-filter={HERE / 'filter.lua'}", "--wrap=none"],
+            )
+            (folder / "body.typ").write_text(body, encoding="utf-8")
+            year, month, day = facts["date"]
+            midnight = datetime.datetime(year, month, day, tzinfo=datetime.timezone.utc)
+            content = typst.compile(
+                str(folder / "template.typ"),
+                root=str(folder),
+                ignore_system_fonts=True,
+                pdf_standards=["ua-1"],
+                timestamp=int(midnight.timestamp()),
+            )
+        except (RuntimeError, typst.TypstError) as error:
+            raise PdfError(f"the report could not be typeset: {error}") from error
+    write_whole(target, content)
+
+
+def _date_of(notebooks):
+    """Return the latest day of execution as [year, month, day]."""
+    days = [
+        n.metadata.get("provenance", {}).get("executed", "")[:10] for n in notebooks
+    ]
+    return [int(part) for part in (max(days) or "2024-07-05").split("-")]
+
+
+def to_markdown(notebook, folder, prefix):
+    """Turn an executed notebook into pandoc's Markdown.
+
+    A Markdown cell tagged ``caption`` belongs to the picture right before it: the two
+    become a numbered figure. It may name a label and an alternative text in comments,
+    which a notebook does not show. A caption without a picture is left out.
+
+    Args:
+        notebook: the notebook; left as it is.
+        folder: where the pictures are written.
+        prefix: what their names begin with.
+
+    Returns:
+        The Markdown text.
+    """
+    cells, picture = [], None
+    for number, cell in enumerate(notebook.cells, 1):
+        cell = cell.copy()
+        tags = cell.metadata.get("tags", [])
+        if cell.cell_type == "raw" and "active-py" in tags:
+            cell = nbformat.v4.new_code_cell(cell.source)
+        if cell.cell_type == "code":
+            picture, cell["outputs"] = _take_picture(cell.outputs)
+        elif "caption" in tags:
+            if picture is None:
+                continue
+            extension, content = picture
+            path = folder / f"{prefix}-{number}.{extension}"
+            path.write_bytes(content)
+            cell["source"] = _figure(cell.source, path.name)
+        if cell.cell_type != "raw":
+            cells.append(cell)
+    reduced = nbformat.v4.new_notebook(cells=cells, metadata=notebook.metadata)
+    text, _ = MarkdownExporter().from_notebook_node(reduced)
+    return text
+
+
+def _take_picture(outputs):
+    """Return the last picture among outputs, as (extension, bytes), and the rest."""
+    picture, rest = None, []
+    for output in outputs:
+        data = output.get("data", {})
+        kind = next((kind for kind in IMAGE_TYPES if kind in data), None)
+        if kind is None:
+            rest.append(output)
+            continue
+        content = data[kind]
+        binary = kind == "image/png"
+        content = base64.b64decode(content) if binary else content.encode()
+        picture = IMAGE_TYPES[kind], content
+    return picture, rest
+
+
+def _figure(caption, file_name):
+    """Return a caption cell and its picture as a figure in pandoc's Markdown."""
+    comments = dict(
+        re.findall(r"<!--\s*(label|alt):\s*(.*?)\s*-->", caption, re.DOTALL)
+    )
+    text = re.sub(r"<!--.*?-->", "", caption, flags=re.DOTALL)
+    text = " ".join(text.replace("**Figure.**", "").split())
+    alt = " ".join(comments.get("alt", text).split()).replace('"', "'")
+    label = f"#{comments['label']} " if "label" in comments else ""
+    return f'![{text}]({file_name}){{{label}alt="{alt}"}}'
