@@ -380,7 +380,7 @@ class Run:
             path = folder / HISTORY_NAME
             if not path.is_file():
                 continue
-            history = _read_history(path)
+            history = read_history(path)
             if not self._describes(history):
                 continue
             weights = folder / WEIGHTS_NAME
@@ -537,7 +537,7 @@ class Run:
         content = safetensors.torch.save(
             {name: value.contiguous() for name, value in weights.items()}
         )
-        name = platform.processor() or platform.machine()
+        name = processor_name()
         if self.device.type == "cuda":
             name = torch.cuda.get_device_name(self.device)
         self.history.update(
@@ -588,7 +588,22 @@ class Run:
         return "\n".join(lines)
 
 
-def _read_history(path):
+def processor_name():
+    """Return what the processor calls itself."""
+    cpuinfo = Path("/proc/cpuinfo")  # Linux, where platform.processor() is empty
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def read_history(path):
+    """Read a ``history.json``.
+
+    Raises:
+        TrainingError: it cannot be read.
+    """
     try:
         history = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(history, dict):

@@ -81,8 +81,8 @@ from attention import (
 #
 # MSA is the multi-head self-attention of Task 1, where the heads share the token
 # evenly: $d_k = d_v = D / h$. The MLP has one hidden layer with the GELU
-# nonlinearity, and dropout after each of its two linear layers. Nothing else in the
-# model drops out.
+# nonlinearity, and dropout after each of its two linear layers, as in the authors'
+# code behind the nonlinearity of the first. Nothing else in the model drops out.
 #
 # | symbol | in the code |
 # |---|---|
@@ -149,8 +149,8 @@ class FeedForwardBlock(nn.Module):
         self.hidden_size = hidden_size
         self.layers = nn.Sequential(
             nn.Linear(hidden_size, mlp_size),
-            nn.Dropout(p_dropout),
             nn.GELU(),
+            nn.Dropout(p_dropout),  # behind GELU, whose mean it then leaves alone
             nn.Linear(mlp_size, hidden_size),
             nn.Dropout(p_dropout),
         )
@@ -199,6 +199,7 @@ class SelfAttentionTransformerBlock(nn.Module):
                 f"hidden_size={hidden_size} and n_heads={n_heads}"
             )
         dim_head = hidden_size // n_heads
+        self.hidden_size = hidden_size
         self.attention = ResidualModule(
             nn.Sequential(
                 nn.LayerNorm(hidden_size),
@@ -213,7 +214,19 @@ class SelfAttentionTransformerBlock(nn.Module):
         )
 
     def forward(self, x):
-        """Apply the block to tokens, (B, L, D), and return tokens, (B, L, D)."""
+        """Let the tokens attend to each other, then transform each on its own.
+
+        Args:
+            x: tokens, (B, L, D), floating-point.
+
+        Returns:
+            Tokens, (B, L, D).
+
+        Raises:
+            TypeError: ``x`` is no floating-point tensor.
+            ValueError: ``x`` is not of shape (B, L, hidden_size).
+        """
+        check_input(x, "B L D", D=self.hidden_size)
         x = self.attention(x)  # z' = MSA(LN(z)) + z
         x = self.feed_forward(x)  # z'' = MLP(LN(z')) + z'
         return x
@@ -466,7 +479,7 @@ def test_dropout(device):
     assert abs(dropped - 0.25) < 0.01, f"drops {dropped:.3f} of the output, not 0.25"
     inner = [type(layer).__mro__ for layer in block.layers]
     order = ["d" if nn.Dropout in m else "l" if nn.Linear in m else "g" for m in inner]
-    assert order == list("ldgld"), f"expected dropout after each linear, got {order}"
+    assert order == list("lgdld"), f"expected dropout after each linear, got {order}"
     assert torch.equal(block.eval()(x), block(x)), "dropout is active in eval mode"
     return f"{dropped:.3f} of the features at p = 0.25, none in eval mode"
 

@@ -5,7 +5,6 @@ notebooks that are tracked and the report that is handed in. Everything else is 
 below ``build/``.
 """
 
-import json
 import shutil
 import time
 from pathlib import Path
@@ -21,6 +20,7 @@ from training import (
     Run,
     TrainingError,
     fetch,
+    read_history,
 )
 
 ATTENTION = Path("attention.ipynb")
@@ -107,7 +107,7 @@ def _training_row(run, history):
     """Describe the run that the report shows, in one line."""
     if not history.is_file():
         return "no finished run is recorded"
-    facts = json.loads(history.read_text(encoding="utf-8"))
+    facts = read_history(history)
     return (
         f"{facts['dataset']}, batch size {facts['batch_size']}, learning rate "
         f"{facts['lr']:g}, {facts['n_epochs']} epochs, seed {facts['seed']}: "
@@ -144,7 +144,11 @@ def report(settings, student):
         how[TRANSFORMER] = nbformat.read(TRANSFORMER, as_version=4), RECORDED
     else:
         if not _has_record(settings):
-            print(f"There is no record of this run, so it is trained: {settings}")
+            print(
+                "There is no record of this run, so it is trained, or continued: "
+                f"{settings['n_epochs']} epochs, batch size {settings['batch_size']}, "
+                f"learning rate {settings['lr']:g}."
+            )
         executed = _execute(TRANSFORMER, RUN_CELL.format(**settings))
         if default:
             notebooks.remove_injected(executed)

@@ -122,12 +122,8 @@ def _check_surname(text):
         if spelling == name:
             return name, ()
         return spelling, (f"The files are named {spelling}: no spaces in file names.",)
-    why = "Moodle strips it" if set(name) & set(APOSTROPHES) else "not in a file name"
-    odd = (
-        next(c for c in name if not _is_letter(c) and c not in "- ")
-        if any(not _is_letter(c) and c not in "- " for c in name)
-        else None
-    )
+    odd = next((c for c in name if not _is_letter(c) and c not in "- "), None)
+    why = "Moodle strips it" if odd and odd in APOSTROPHES else "not in a file name"
     what = f"holds {_shown(odd)} ({why})" if odd else "has a hyphen or space too many"
     raise IdentityError(
         f"the surname {_shown(text)} {what}: only letters and hyphens, for example "

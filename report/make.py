@@ -16,6 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = {
+    "setup": "make the environment .venv, as every other target does by itself",
     "report": "execute both notebooks and make the PDF (trains if there is no record)",
     "notebooks": "execute and store both notebooks as they are; never trains",
     "demo": "everything live in 3 minutes, on generated data, below build/demo",
@@ -26,15 +27,15 @@ COMMANDS = {
     "clean": "remove build/, dist/ and caches; never data, .venv or the record",
 }
 OPTIONS = {
-    "SURNAME": "identity, instead of report/student.toml",
-    "GIVEN_NAME": "",
-    "MATRICULATION": "",
-    "EPOCHS": "report: another run than the recipe's; everything below build/",
-    "BATCH_SIZE": "",
-    "LR": "",
+    "SURNAME": "your name, instead of the one in report/student.toml",
+    "GIVEN_NAME": "likewise",
+    "MATRICULATION": "your matriculation number, likewise",
+    "EPOCHS": "report: train another run than the recipe's; all of it below build/",
+    "BATCH_SIZE": "report: likewise",
+    "LR": "report: likewise",
     "WEIGHTS": "zip: WEIGHTS=1 adds the recorded weights",
-    "CPU": "set-up: CPU=1 takes PyTorch without CUDA (Linux; 1 GB instead of 5)",
-    "VENV": "set-up: folder of the environment, instead of .venv",
+    "CPU": "setup: CPU=1 takes PyTorch without CUDA (matters on Linux only)",
+    "VENV": "setup: folder of the environment, instead of .venv",
 }
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 
@@ -154,6 +155,11 @@ def student():
     for note in who.notes:
         print(note)
     return who
+
+
+def setup():
+    """Nothing is left to do once this runs in the environment."""
+    print(f"{environment_folder().name} is ready.")
 
 
 def report():

@@ -21,7 +21,7 @@ from nbclient.exceptions import (
     DeadKernelError,
 )
 
-from training import write_whole
+from training import processor_name, write_whole
 
 KERNEL = "python3"
 ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
@@ -189,7 +189,7 @@ def _provenance():
     now = datetime.datetime.now(datetime.timezone.utc)
     return {
         "executed": now.isoformat(" ", "minutes").replace("+00:00", " UTC"),
-        "system": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        "system": f"{platform.system()}, {processor_name()}, {os.cpu_count()} cores",
         "python": platform.python_version(),
         "torch": torch.__version__,
     }

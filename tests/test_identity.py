@@ -1,0 +1,149 @@
+"""Sixty identities: kept as Moodle keeps them, or refused with what would do."""
+
+import unicodedata
+
+import pytest
+
+from report.identity import IdentityError, check_student, read_student
+
+KEPT = [
+    ("Müller", "Müller"),
+    ("Mu\u0308ller", "Müller"),  # NFD
+    ("Straße", "Straße"),
+    ("García", "García"),
+    ("Lüdenscheidt-Müller", "Lüdenscheidt-Müller"),
+    ("Łukasiewicz", "Łukasiewicz"),
+    ("Ångström", "Ångström"),
+    ("Nguyễn", "Nguyễn"),
+    ("Ng", "Ng"),
+    ("Ö", "Ö"),
+    ("von der Leyen", "von-der-Leyen"),
+    ("de la Cruz", "de-la-Cruz"),
+    ("  Meier  ", "Meier"),
+    ("Иванов", "Иванов"),
+    ("Παπαδόπουλος", "Παπαδόπουλος"),
+    ("王", "王"),
+    ("佐藤", "佐藤"),
+    ("김", "김"),
+    ("محمد", "محمد"),
+    ("כהן", "כהן"),
+    ("शर्मा", "शर्मा"),
+    ("MEIER", "MEIER"),
+    ("a" * 120, "a" * 120),
+]
+REFUSED = [
+    ("O'Brien", "OBrien"),
+    ("O’Brien", "OBrien"),  # noqa: RUF001
+    ("D`Angelo", "DAngelo"),
+    ("Meier/Huber", "Meier-Huber"),
+    ("Meier\\Huber", "Meier-Huber"),
+    ("../Meier", "Meier"),
+    ("..", None),
+    (".", None),
+    ("", None),
+    ("   ", None),
+    ("-", None),
+    ("-Meier-", "Meier"),
+    ("Meier--Huber", "Meier-Huber"),
+    ("Meier  Huber", "Meier-Huber"),
+    ("Meier - Huber", "Meier-Huber"),
+    ("Meier_Huber", "Meier-Huber"),
+    ("Meier.Huber", "Meier-Huber"),
+    ("Dr. Meier", "Dr-Meier"),
+    ("Meier, Anna", "Meier-Anna"),
+    ("Meier;rm", "Meier-rm"),
+    ("$(touch x)", "touch-x"),
+    ("`touch`", "touch"),
+    ("Meier&Huber", "Meier-Huber"),
+    ("Meier|Huber", "Meier-Huber"),
+    ("Meier\n", "Meier"),
+    ("Mei\ter", "Mei-er"),
+    ("Meier\x00", "Meier"),
+    ("Meier\x1b[31m", "Meier-m"),
+    ("Meier\u202e", "Meier"),  # right-to-left override
+    ("\u200fMeier", "Meier"),  # right-to-left mark
+    ("Me\u200dier", "Meier"),  # zero-width joiner
+    ("Meier😀", "Meier"),
+    ("Meier2", "Meier"),
+    ('"Meier"', "Meier"),
+    ("<Meier>", "Meier"),
+    ("Meier*", "Meier"),
+    ("Meier?", "Meier"),
+    ("C:Meier", "C-Meier"),
+    ("%APPDATA%", "APPDATA"),
+    ("\u0308Meier", "Meier"),  # a diaeresis on nothing
+    ("a" * 300, None),
+]
+NUMBERS_REFUSED = [
+    "",
+    "1234567a",
+    "12 345",
+    "12-345",
+    "١٢٣",
+    "²³",
+    "-1",
+    "1.5",
+    "9" * 21,
+]
+
+
+@pytest.mark.parametrize(("typed", "kept"), KEPT)
+def test_names_that_moodle_keeps(typed, kept):
+    who = check_student(typed, "Anna", "12345678")
+    assert who.surname == kept
+    assert who.stem == f"{kept}-12345678"
+    assert unicodedata.is_normalized("NFC", who.stem)
+    assert bool(who.notes) == (" " in typed.strip())
+
+
+@pytest.mark.parametrize(("typed", "suggested"), REFUSED)
+def test_other_names_are_refused_with_a_suggestion(typed, suggested):
+    with pytest.raises(IdentityError) as caught:
+        check_student(typed, "Anna", "12345678")
+    message = str(caught.value)
+    assert message.isprintable(), "it goes to a terminal"
+    assert len(message) < 300
+    if suggested:
+        assert message.endswith(f"for example {suggested}")
+        assert check_student(suggested, "Anna", "12345678").surname == suggested
+
+
+@pytest.mark.parametrize("number", NUMBERS_REFUSED)
+def test_other_numbers_are_refused(number):
+    with pytest.raises(IdentityError, match="digits"):
+        check_student("Meier", "Anna", number)
+
+
+def test_sixty_identities_are_tried():
+    assert len(KEPT) + len(REFUSED) + len(NUMBERS_REFUSED) >= 60
+
+
+def test_given_names_may_hold_what_a_page_can_show():
+    assert check_student("Meier", "Anna María d'Arc Jr.", "1").given_name
+    with pytest.raises(IdentityError, match="given name"):
+        check_student("Meier", "Anna\x07", "1")
+
+
+def test_the_environment_comes_first(tmp_path):
+    path = tmp_path / "student.toml"
+    path.write_text('surname = "Meier"\nmatriculation_number = 123\n', encoding="utf-8")
+    assert read_student(path, {}).stem == "Meier-123"
+    assert read_student(path, {"SURNAME": "Huber"}).stem == "Huber-123"
+    with pytest.raises(IdentityError, match="holds no letter"):
+        read_student(path, {"SURNAME": ""})
+
+
+def test_placeholders_are_known(tmp_path):
+    missing = read_student(tmp_path / "none.toml", {})
+    assert missing.is_placeholder
+    assert missing.given_name == ""
+    assert not check_student("Meier", "Given Name", "123").is_placeholder
+    assert check_student("Surname", "Anna", "123").is_placeholder
+
+
+@pytest.mark.parametrize("text", ["surname = Meier", 'surname = ["x"]', "\x00"])
+def test_a_broken_file_is_named(tmp_path, text):
+    path = tmp_path / "student.toml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(IdentityError, match="surname"):
+        read_student(path, {})

@@ -1,0 +1,339 @@
+"""The PDF, the ZIP, and the command that makes them."""
+
+import io
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+
+import nbformat
+import pypdf
+import pytest
+import torch
+from conftest import ROOT, run_script
+
+import training
+from report import bundle, make, pdf
+from report.identity import check_student
+from vision_transformer import VisionTransformer
+
+STUDENT = check_student("Müller-Lüdenscheidt", "Anna María", "12345678")
+DRAFT = check_student("Surname", "Given Name", "00000000")
+NOTEBOOKS = [ROOT / "attention.ipynb", ROOT / "vision_transformer.ipynb"]
+ROWS = [["attention.ipynb", "executed live"], ["training", "no finished run"]]
+
+
+def text_of(path):
+    return [page.extract_text() for page in pypdf.PdfReader(path).pages]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A PDF of the stored notebooks, made twice."""
+    folder = tmp_path_factory.mktemp("pdf")
+    for name in ("one.pdf", "two.pdf"):
+        pdf.make_pdf(NOTEBOOKS, ROOT / "none", STUDENT, ROWS, folder / name)
+    return folder / "one.pdf", folder / "two.pdf"
+
+
+def test_first_page_says_who_and_what(made):
+    first = text_of(made[0])[0]
+    for part in (
+        "Exercise Sheet 11: Transformers",
+        "Generative AI",
+        "Müller-Lüdenscheidt",
+        "Anna María",
+        "12345678",
+        "executed live",
+        "no finished run",
+        "Task 1: Self-Attention",
+        "References",
+    ):
+        assert part in first
+    assert "DRAFT" not in first
+    assert "DEMO" not in first
+
+
+def test_all_code_is_there_and_no_debris(made):
+    text = "\n".join(text_of(made[0]))
+    squeezed = re.sub(r"\s+", "", text)
+    for script in ("attention.py", "vision_transformer.py"):
+        code = (ROOT / script).read_text(encoding="utf-8")
+        for line in code.splitlines():
+            if line.startswith(("def ", "class ", "    def ", "        self.")):
+                assert re.sub(r"\s+", "", line) in squeezed, line
+    for debris in (
+        "model_id",
+        "widget",
+        "Warning",
+        "it/s",
+        "/root/",
+        "/home/",
+        "![",
+        "{#",
+    ):
+        assert debris not in text
+    assert "Vaswani" in text
+    assert "Dosovitskiy" in text
+
+
+def test_every_figure_is_numbered_and_captioned(made):
+    text = "\n".join(text_of(made[0]))
+    pictures = 0
+    for path in NOTEBOOKS:
+        for cell in nbformat.read(path, as_version=4).cells:
+            for output in cell.get("outputs", []):
+                pictures += "image/png" in output.get("data", {})
+    assert pictures > 0
+    numbers = re.findall(r"Figure\s+(\d+)\.", text)
+    assert numbers == [str(n) for n in range(1, pictures + 1)]
+
+
+def test_it_is_tagged_and_has_title_and_language(made):
+    reader = pypdf.PdfReader(made[0])
+    root = reader.trailer["/Root"]
+    assert root["/MarkInfo"]["/Marked"]
+    assert root["/Lang"].startswith("en")
+    assert reader.metadata.title == "Exercise Sheet 11: Transformers"
+    assert reader.metadata.author == "Anna María Müller-Lüdenscheidt"
+    assert root["/StructTreeRoot"]["/K"]
+
+
+def test_the_same_input_gives_the_same_bytes(made):
+    one, two = made
+    assert one.read_bytes() == two.read_bytes()
+
+
+def test_drafts_and_demos_are_marked(tmp_path):
+    target = tmp_path / "x.pdf"
+    pdf.make_pdf(NOTEBOOKS, tmp_path / "none", DRAFT, ROWS, target, demo=True)
+    first = text_of(target)[0]
+    assert "DRAFT" in first
+    assert "DEMO DATA" in first
+    assert {"draft", "demo data"} <= set(pdf.keywords(target))
+
+
+# --- The ZIP -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ready(project, monkeypatch):
+    """A project with a finished default run (not trained) and the PDF made of it."""
+    monkeypatch.chdir(project)
+    shutil.rmtree(project / training.RECORD_FOLDER, ignore_errors=True)
+    torch.manual_seed(0)
+    model = VisionTransformer()
+    defaults = {**training.DEFAULTS, "device": torch.device("cpu")}
+    run = training.Run(**defaults)
+    monkeypatch.setattr(run, "_store_checkpoint", lambda: None)
+    for _ in run.epochs(model, torch.optim.Adam(model.parameters()), 1):
+        run.end_epoch([1.0], 0.7, 0.75)
+    make_report(project)
+    return project
+
+
+def make_report(project, student=STUDENT, demo=False):
+    target = project / "report" / f"{student.stem}.pdf"
+    history = training.RECORD_FOLDER / "history.json"
+    pdf.make_pdf(bundle.NOTEBOOKS, history, student, ROWS, target, demo=demo)
+
+
+EXPECTED = {
+    "README.txt",
+    "attention.ipynb",
+    "attention.py",
+    "history.json",
+    "requirements.txt",
+    "training.py",
+    "vision_transformer.ipynb",
+    "vision_transformer.py",
+    "Müller-Lüdenscheidt-12345678.pdf",
+}
+
+
+def test_the_zip_is_what_moodle_wants(ready, capfd):
+    path = bundle.make_zip(STUDENT)
+    assert path.name == "Müller-Lüdenscheidt-12345678.zip"
+    content = path.read_bytes()
+    with zipfile.ZipFile(io.BytesIO(content)) as file:
+        assert file.testzip() is None
+        assert set(file.namelist()) == EXPECTED
+        assert {info.external_attr >> 16 for info in file.infolist()} == {0o644}
+        requirements = file.read("requirements.txt").decode().split()
+    assert {"torch", "torchvision", "einops", "matplotlib"} <= set(requirements)
+    assert bundle.make_zip(STUDENT).read_bytes() == content, "deterministic"
+    said = capfd.readouterr().out
+    assert said.count("passed  ") == 2 * 8
+    assert "MB, unpacked and tested" in said
+
+
+def test_the_unpacked_zip_works_alone(ready, tmp_path):
+    folder = tmp_path / "von Moodle, Übung 11"
+    with zipfile.ZipFile(bundle.make_zip(STUDENT, weights=True)) as file:
+        assert set(file.namelist()) == EXPECTED | {"vision_transformer.safetensors"}
+        file.extractall(folder)
+    code = "import torch; from training import *; from vision_transformer import *; "
+    code += "m = VisionTransformer(); r = Run(**DEFAULTS, device=torch.device('cpu')); "
+    code += "print(bool(r.load_record(m)), r.has_weights)"
+    done = run_script("-c", code, folder=folder)
+    assert done.stdout.strip() == "True True", done.stderr
+    command = [sys.executable, "-m", "jupyter", "nbconvert", "--to", "notebook"]
+    command += ["--execute", "--inplace", "attention.ipynb", "vision_transformer.ipynb"]
+    subprocess.run(command, cwd=folder, check=True, capture_output=True, timeout=300)
+    notebook = nbformat.read(folder / "vision_transformer.ipynb", as_version=4)
+    shown = str([cell.get("outputs") for cell in notebook.cells])
+    assert "0.7500 (eval)" in shown
+    assert "Not validated again: no CIFAR10 in ./data" in shown
+    assert not (folder / "build").exists(), "nothing was trained"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        ("placeholder", "identity is still the placeholder"),
+        ("no pdf", "is missing: make it"),
+        ("draft", "is a draft"),
+        ("demo", "is a demo report"),
+        ("demo and placeholder", "is a demo report"),
+        ("other identity", "is missing"),
+        ("notebook changed", "is outdated"),
+        ("drift", "does not match attention.py"),
+        ("error output", "holds an error in cell"),
+        ("no record", "there is no finished run"),
+        ("other record", "is not the record of a run with the recipe's parameters"),
+        ("no pdf at all", "is outdated"),
+    ],
+)
+def test_what_is_not_ready_is_refused(ready, spoil, said):
+    student = STUDENT
+    made = ready / "report" / f"{STUDENT.stem}.pdf"
+    history = ready / training.RECORD_FOLDER / "history.json"
+    notebook = nbformat.read("attention.ipynb", as_version=4)
+    if spoil == "placeholder":
+        student = DRAFT
+    elif spoil == "no pdf":
+        made.unlink()
+    elif spoil == "draft":
+        make_report(ready, DRAFT)
+        (ready / "report" / f"{DRAFT.stem}.pdf").replace(made)
+    elif spoil == "demo":
+        make_report(ready, demo=True)
+    elif spoil == "demo and placeholder":
+        make_report(ready, DRAFT, demo=True)
+        student = DRAFT
+    elif spoil == "other identity":
+        student = check_student("Meier", "Anna", "12345678")
+    elif spoil == "notebook changed":
+        notebook.metadata["provenance"]["executed"] = "1999-01-01 00:00 UTC"
+        nbformat.write(notebook, "attention.ipynb")
+    elif spoil == "drift":
+        notebook.cells[0].source += " "  # alone, trailing blanks do not count
+        notebook.cells[1].source += "changed"
+        nbformat.write(notebook, "attention.ipynb")
+    elif spoil == "error output":
+        cell = next(cell for cell in notebook.cells if cell.get("outputs"))
+        cell.outputs = [nbformat.v4.new_output("error", ename="E", evalue="")]
+        nbformat.write(notebook, "attention.ipynb")
+    elif spoil == "no record":
+        history.unlink()
+    elif spoil == "other record":
+        text = history.read_text(encoding="utf-8")
+        history.write_text(text.replace('"n_epochs": 50', '"n_epochs": 5'), "utf-8")
+    elif spoil == "no pdf at all":
+        made.write_bytes(b"not a pdf")
+    with pytest.raises(bundle.BundleError) as caught:
+        bundle.make_zip(student)
+    assert said in str(caught.value)
+    assert not (ready / "dist").exists()
+
+
+@pytest.mark.parametrize(
+    "names", [["../x"], ["/x"], ["a/b"], ["a\\b"], ["C:x"], [""], [".x"], ["A", "a"]]
+)
+def test_names_that_harm_are_not_packed(names):
+    with pytest.raises(bundle.BundleError):
+        bundle.pack(dict.fromkeys(names, b""))
+
+
+def test_names_are_packed_as_nfc():
+    with zipfile.ZipFile(io.BytesIO(bundle.pack({"u\u0308.txt": b""}))) as file:
+        assert file.namelist() == ["\u00fc.txt"]
+
+
+# --- Commands ------------------------------------------------------------------------
+
+
+def run_make(*arguments, folder=ROOT, **environment):
+    """Run report/make.py inside the environment that the tests run in."""
+    environment = {"VENV": os.path.relpath(sys.prefix, folder), **environment}
+    script = folder / "report" / "make.py"
+    return run_script(script, *arguments, folder=folder, timeout=600, **environment)
+
+
+def test_make_alone_lists_every_target():
+    done = run_make()
+    assert done.returncode == 0
+    for name in make.COMMANDS:
+        assert re.search(rf"^  {name} +\w", done.stdout, re.MULTILINE)
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = re.search(r"^TARGETS := (.*)$", makefile, re.MULTILINE).group(1)
+    assert set(targets.split()) == set(make.COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["repot"], "'repot' is no command"),
+        (["report", "EPOCH=1"], "EPOCH is no option"),
+        (["report", "EPOCHS=0"], "EPOCHS must be a whole number above 0"),
+        (["report", "EPOCHS=1.5"], "EPOCHS must be a whole number above 0"),
+        (["report", "LR=nan"], "LR must be a number above 0"),
+        (["report", "SURNAME=O'Brien"], "for example OBrien"),
+        (["report", "SURNAME=$(touch x)", "MATRICULATION=1"], "for example touch-x"),
+        (["zip", "MATRICULATION=12a"], "must be digits only, for example 12"),
+        (["zip"], "identity is still the placeholder"),
+    ],
+)
+def test_bad_commands_get_one_sentence(project, arguments, said):
+    done = run_make(*arguments, folder=project)
+    assert done.returncode == 1
+    assert said in done.stderr
+    assert done.stderr.startswith("error: ")
+    assert "Traceback" not in done.stderr
+    assert not (project / "x").exists()
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_make_hands_values_on_as_they_were_typed(project):
+    environment = os.path.relpath(sys.prefix, project)
+    command = ["make", "zip", "SURNAME=$(shell touch x)", f"VENV={environment}"]
+    done = subprocess.run(
+        [*command, f"PYTHON={sys.executable}"],
+        cwd=project,
+        capture_output=True,
+        encoding="utf-8",
+        check=False,
+    )
+    assert done.returncode != 0
+    assert 'the surname "$(shell touch x)" holds' in done.stderr
+    assert not (project / "x").exists()
+
+
+def test_the_demo_works_and_touches_nothing_tracked(project):
+    before = {
+        path: path.read_bytes()
+        for path in project.rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    done = run_make("demo", folder=project, SURNAME="Meier", MATRICULATION="123")
+    assert done.returncode == 0, done.stderr
+    for path, content in before.items():
+        assert path.read_bytes() == content
+    pages = text_of(project / "build" / "demo" / "DEMO-Meier-123.pdf")
+    assert "DEMO DATA" in pages[0]
+    [history] = (project / "build" / "runs").glob("*/history.json")
+    assert training.read_history(history)["val_accs"][-1] > 0.5, "it visibly learns"
+    assert not [p for p in project.rglob("*.pdf") if "build" not in p.parts]
+    assert not (project / "data").exists(), "nothing is fetched"

@@ -1,0 +1,130 @@
+"""The graded files as a grader meets them: imported, run, read."""
+
+import ast
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, run_script
+
+GRADED = ("attention.py", "vision_transformer.py")
+ALLOWED = {"torch", "torchvision", "einops", "attention"} | sys.stdlib_module_names
+
+
+@pytest.fixture
+def unpacked(tmp_path):
+    """Only the two graded files, in a folder as graders have them."""
+    folder = tmp_path / "Übung 11 ä"
+    folder.mkdir()
+    for name in GRADED:
+        shutil.copy(ROOT / name, folder)
+    return folder
+
+
+def test_importing_only_defines(unpacked):
+    code = """
+import sys, time
+import torch, torchvision, einops
+start = time.perf_counter()
+import attention, vision_transformer
+print(time.perf_counter() - start, "matplotlib" in sys.modules)
+"""
+    done = subprocess.run(
+        [sys.executable, "-B", "-c", code],
+        cwd=unpacked,
+        capture_output=True,
+        encoding="utf-8",
+        check=True,
+    )
+    seconds, plots = done.stdout.split()
+    assert done.stderr == ""
+    assert float(seconds) < 5, "0.3 s at most on an idle machine"
+    assert plots == "False"
+    assert sorted(path.name for path in unpacked.iterdir()) == sorted(GRADED)
+
+
+@pytest.mark.parametrize(("name", "lines"), [("attention.py", 2), (GRADED[1], 6)])
+def test_run_as_a_script_it_tests_itself(unpacked, name, lines):
+    done = run_script(name, folder=unpacked, timeout=60)
+    assert done.returncode == 0, done.stderr
+    results = done.stdout.splitlines()
+    assert len(results) == lines
+    assert all(line.startswith("passed  ") for line in results)
+
+
+def test_a_failing_unit_test_is_printed_and_fails_the_script(unpacked):
+    path = unpacked / "attention.py"
+    text = path.read_text(encoding="utf-8")
+    assert "q = q / math.sqrt(self.head_dim)" in text
+    path.write_text(text.replace("q = q / math.sqrt", "q = q * math.sqrt"), "utf-8")
+    done = run_script("attention.py", folder=unpacked)
+    assert done.returncode != 0
+    assert "FAILED  multi head: differs from nn.MultiheadAttention" in done.stdout
+
+
+@pytest.mark.parametrize("name", GRADED)
+def test_it_parses_as_python_38_and_imports_little(name):
+    tree = ast.parse((ROOT / name).read_text("utf-8"), feature_version=(3, 8))
+    imported = set()
+    for node in tree.body:
+        if isinstance(node, ast.Import):
+            imported |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            imported.add(node.module.split(".")[0])
+    assert imported <= ALLOWED
+
+
+@pytest.mark.parametrize("name", GRADED)
+def test_nothing_ready_made_is_used(name):
+    text = (ROOT / name).read_text(encoding="utf-8")
+    for word in ("scaled_dot_product_attention", "nn.Transformer", "Conv2d", "timm"):
+        assert word not in text
+    code = re.sub(r'""".*?"""|#.*', "", text, flags=re.DOTALL)
+    uses = [m.start() for m in re.finditer(r"nn\.MultiheadAttention\(", code)]
+    function = code.find("def torch_twin")
+    assert all(function < use < code.find("\ndef ", function + 1) for use in uses)
+
+
+@pytest.mark.parametrize("name", GRADED)
+def test_lines_fit_the_page(name):
+    lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
+    assert max(map(len, lines)) <= 88
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--epochs", "0"], "invalid positive int value: '0'"),
+        (["--lr", "nan"], "invalid positive float value: 'nan'"),
+        (["--train", "--verify"], "not allowed with argument"),
+    ],
+)
+def test_bad_arguments_are_refused(arguments, said, workplace):
+    done = run_script(ROOT / "vision_transformer.py", *arguments, folder=workplace)
+    assert done.returncode == 2
+    assert said in done.stderr
+
+
+def test_verify_without_a_record_says_so(workplace):
+    done = run_script(ROOT / "vision_transformer.py", "--verify", folder=workplace)
+    assert done.returncode == 1
+    assert "There is no finished run" in done.stdout
+    assert "Traceback" not in done.stderr
+    assert list(workplace.iterdir()) == []
+
+
+def test_the_course_s_notebook_cells_run_with_our_classes(tmp_path):
+    """Our class cells, pasted into another notebook, need nothing else of the file."""
+    import jupytext
+
+    notebook = jupytext.read(ROOT / "attention.py")
+    code = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+    layer = next(source for source in code if "class SelfAttention2d" in source)
+    scope = {}
+    exec("import math, torch\nfrom torch import nn", scope)
+    exec("from einops import rearrange", scope)
+    exec(layer, scope)
+    x = scope["torch"].randn(1, 256, 3, 5)
+    assert scope["SelfAttention2d"]()(x).shape == x.shape

@@ -1,0 +1,211 @@
+"""Task 2 against references that share no code with it."""
+
+import math
+
+import pytest
+import torch
+from conftest import small_model
+from torch import nn
+
+from vision_transformer import (
+    UNIT_TESTS,
+    FeedForwardBlock,
+    ResidualModule,
+    SelfAttentionTransformerBlock,
+    VisionTransformer,
+    hits_per_class,
+    images_to_patches,
+    patches_to_images,
+    smooth,
+)
+
+
+def layer_norm(x, weight, bias, eps=1e-5):
+    centred = x - x.mean(-1, keepdim=True)
+    variance = centred.square().mean(-1, keepdim=True)
+    return centred / (variance + eps).sqrt() * weight + bias
+
+
+def gelu(x):
+    return x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
+
+
+def reference(model, x, n_heads):
+    """Eq. 1 to 4 of Dosovitskiy et al. (2021), from the parameters alone."""
+    p, state = model.patch_size, dict(model.named_parameters())
+    rows, columns = x.shape[2] // p, x.shape[3] // p
+    tokens = [state["class_token"][0, 0] + state["class_position"][0, 0]]
+    tokens = [token.expand(len(x), -1) for token in tokens]
+    for i in range(rows):
+        for j in range(columns):
+            patch = x[:, :, i * p : (i + 1) * p, j * p : (j + 1) * p]
+            flat = patch.permute(0, 2, 3, 1).flatten(1)
+            weight, bias = (state[f"patch_embedding.{k}"] for k in ("weight", "bias"))
+            position = state["position_embedding"][0, i * columns + j]
+            tokens.append(flat @ weight.T + bias + position)
+    z = torch.stack(tokens, dim=1)
+    size = z.shape[-1] // n_heads
+    for number in range(len(model.blocks)):
+
+        def get(name, number=number):
+            return state[f"blocks.{number}.{name}"]
+
+        inner = "attention.inner_module"
+        y = layer_norm(z, get(f"{inner}.0.weight"), get(f"{inner}.0.bias"))
+        heads = []
+        for h in range(n_heads):
+            part = slice(h * size, (h + 1) * size)
+            q, k, v = (y @ get(f"{inner}.1.{m}.weight")[part].T for m in "qkv")
+            logits = torch.einsum("bid,bjd->bij", q, k) / math.sqrt(size)
+            heads.append(torch.softmax(logits, -1) @ v)
+        z = z + torch.cat(heads, -1) @ get(f"{inner}.1.out.weight").T
+        inner = "feed_forward.inner_module"
+        y = layer_norm(z, get(f"{inner}.0.weight"), get(f"{inner}.0.bias"))
+        layers = f"{inner}.1.layers"
+        y = gelu(y @ get(f"{layers}.0.weight").T + get(f"{layers}.0.bias"))
+        z = z + y @ get(f"{layers}.3.weight").T + get(f"{layers}.3.bias")
+    final = layer_norm(z[:, 0], state["norm.weight"], state["norm.bias"])
+    return final @ state["head.weight"].T + state["head.bias"]
+
+
+@pytest.fixture
+def odd_model():
+    model = small_model(
+        in_channels=2,
+        patch_size=3,
+        image_size=12,
+        layers=3,
+        hidden_size=20,
+        mlp_size=28,
+        n_heads=5,
+        num_classes=7,
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():  # norms and class token included
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return model.double().eval()
+
+
+def test_agrees_with_a_plain_float64_reference(odd_model):
+    x = torch.randn(3, 2, 12, 12, dtype=torch.float64)
+    expected = reference(odd_model, x, n_heads=5)
+    torch.testing.assert_close(odd_model(x), expected, rtol=0, atol=1e-10)
+
+
+def test_gradients_agree_with_the_reference(odd_model):
+    x = torch.randn(3, 2, 12, 12, dtype=torch.float64)
+    parameters = list(odd_model.parameters())
+    probe = torch.randn(3, 7, dtype=torch.float64)
+    ours = torch.autograd.grad((odd_model(x) * probe).sum(), parameters)
+    logits = reference(odd_model, x, n_heads=5)
+    theirs = torch.autograd.grad((logits * probe).sum(), parameters)
+    for our, their in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(our, their, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("test", UNIT_TESTS, ids=lambda test: test.__name__)
+def test_inline_unit_tests_pass(test):
+    torch.manual_seed(0)
+    assert test(torch.device("cpu"))
+
+
+def test_defaults_are_those_of_the_course():
+    model = VisionTransformer()
+    assert sum(p.numel() for p in model.parameters()) == 3_189_002
+    x = torch.randn(2, 3, 32, 32)
+    assert model.patchify(x).shape == (2, 64, 256)
+    assert model(x).shape == (2, 10)
+    dropouts = [m for m in model.modules() if isinstance(m, nn.Dropout)]
+    assert [m.p for m in dropouts] == [0.2] * 12
+    assert not any(
+        isinstance(m, nn.Conv2d | nn.MultiheadAttention) for m in model.modules()
+    )
+
+
+def test_positions_start_as_standard_normal():
+    torch.manual_seed(0)
+    position = VisionTransformer().position_embedding
+    assert abs(position.mean().item()) < 0.03
+    assert abs(position.std().item() - 1) < 0.03
+
+
+def test_residual_module_adds_its_input():
+    x = torch.randn(2, 3, 4)
+    assert torch.equal(ResidualModule(nn.Identity())(x), 2 * x)
+
+
+def test_patches_are_row_major_and_come_back():
+    x = torch.arange(2 * 3 * 4 * 6, dtype=torch.float32).reshape(2, 3, 4, 6)
+    patches = images_to_patches(x, 2)
+    assert patches.shape == (2, 6, 12)
+    second_row_first = x[:, :, 2:4, 0:2].permute(0, 2, 3, 1).flatten(1)
+    assert torch.equal(patches[:, 3], second_row_first)
+    assert torch.equal(patches_to_images(patches, 2, height=4), x)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1, 0.2, 0.5, 0.9])
+def test_dropout_keeps_the_mean_and_drops_the_share(p):
+    torch.manual_seed(0)
+    dropout = FeedForwardBlock(8, 8, p).layers[2].train()
+    x = torch.ones(1000, 1000)
+    y = dropout(x)
+    kept = (y != 0).double().mean().item()
+    sigma = math.sqrt(p * (1 - p) / x.numel())
+    assert abs(kept - (1 - p)) <= 5 * sigma
+    torch.testing.assert_close(y[y != 0].mean(), torch.tensor(1 / (1 - p)))
+    assert torch.equal(dropout.eval()(x), x)
+
+
+def test_an_empty_batch_gives_an_empty_result():
+    assert small_model()(torch.zeros(0, 3, 32, 32)).shape == (0, 10)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "said"),
+    [
+        ({"patch_size": 5}, ValueError, "image_size=32 and patch_size=5"),
+        ({"n_heads": 7}, ValueError, "hidden_size=256 and n_heads=7"),
+        ({"p_dropout": 1.0}, ValueError, r"\[0, 1\), got 1.0"),
+        ({"p_dropout": -0.1}, ValueError, r"\[0, 1\), got -0.1"),
+        ({"p_dropout": float("nan")}, ValueError, r"\[0, 1\), got nan"),
+        ({"p_dropout": "0.2"}, TypeError, "p_dropout must be a number, got '0.2'"),
+        ({"layers": 0}, ValueError, "layers must be at least 1, got 0"),
+        ({"mlp_size": 0}, ValueError, "mlp_size must be at least 1, got 0"),
+        ({"num_classes": 1.5}, TypeError, "num_classes must be an int, got 1.5"),
+        ({"hidden_size": None}, TypeError, "hidden_size must be an int, got None"),
+        ({"in_channels": -1}, ValueError, "in_channels must be at least 1, got -1"),
+    ],
+)
+def test_bad_sizes_are_refused(arguments, error, said):
+    with pytest.raises(error, match=said):
+        VisionTransformer(**arguments)
+
+
+@pytest.mark.parametrize(
+    "shape", [(3, 32, 32), (2, 1, 32, 32), (2, 3, 32, 28), (2, 3, 64, 64)]
+)
+def test_bad_images_are_refused(shape):
+    model = small_model()
+    for function in (model, model.patchify):
+        with pytest.raises(ValueError, match=r"\(B, 3, 32, 32\), got "):
+            function(torch.zeros(shape))
+
+
+def test_bad_tokens_are_refused():
+    with pytest.raises(ValueError, match=r"\(B, L, 8\), got \(2, 8\)"):
+        FeedForwardBlock(8, 16, 0.0)(torch.zeros(2, 8))
+    with pytest.raises(ValueError, match=r"\(B, L, 8\), got \(1, 2, 9\)"):
+        SelfAttentionTransformerBlock(8, 16, 2, 0.0)(torch.zeros(1, 2, 9))
+    with pytest.raises(TypeError, match=r"floating-point, got torch\.uint8"):
+        small_model()(torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
+
+
+def test_hits_are_counted_per_class():
+    logits = torch.eye(3)[[0, 1, 1, 2]]
+    right, images = hits_per_class(logits, torch.tensor([0, 1, 2, 2]))
+    assert right.tolist() == [1, 1, 1]
+    assert images.tolist() == [1, 1, 2]
+
+
+def test_running_mean():
+    assert smooth([2, 4, 6, 8], window=2) == [2, 3, 5, 7]
