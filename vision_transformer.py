@@ -1,7 +1,9 @@
 # ---
 # jupyter:
 #   jupytext:
+#     cell_metadata_filter: tags,-all
 #     formats: ipynb,py:percent
+#     notebook_metadata_filter: -jupytext.text_representation.jupytext_version
 #     text_representation:
 #       extension: .py
 #       format_name: percent
@@ -44,7 +46,6 @@ The file is the paired script of ``vision_transformer.ipynb``. Cells tagged
 ``active-ipynb`` run in the notebook only and are commented out here.
 """
 
-import argparse
 import time
 import warnings
 
@@ -883,6 +884,7 @@ def verify(model, history, cache_dir, device):
 # %% tags=["active-py"]
 def parse_arguments(arguments=None):
     """Read the command line; see ``python vision_transformer.py --help``."""
+    import argparse
 
     def positive(kind):
         def read(text):
@@ -927,14 +929,15 @@ def main():
     try:
         run = Run(CIFAR10.__name__, batch_size, lr, epochs, SEED, device)
         history = run.load_record(model)
-        fetch(CIFAR10, arguments.cache_dir)
-        if arguments.train and history is None:
+        if history is None and arguments.train:
+            fetch(CIFAR10, arguments.cache_dir)
             history = train(model, run, arguments.cache_dir, batch_size, lr, device)
         print(run.summary())
-        if history and run.has_weights:
-            return 0 if verify(model, history, arguments.cache_dir, device) else 1
-        print("There are no recorded weights here to validate.")
-        return 1
+        if not run.has_weights:
+            print("There are no recorded weights here to validate.")
+            return 1
+        fetch(CIFAR10, arguments.cache_dir)
+        return 0 if verify(model, history, arguments.cache_dir, device) else 1
     except TrainingError as error:
         print(f"error: {error}")
         return 1

@@ -37,6 +37,14 @@ OPTIONS = {
     "CPU": "setup: CPU=1 takes PyTorch without CUDA (matters on Linux only)",
     "VENV": "setup: folder of the environment, instead of .venv",
 }
+# What a command may raise with a message for the user, by module
+EXPECTED = {
+    "report.bundle": "BundleError",
+    "report.identity": "IdentityError",
+    "report.notebooks": "NotebookError",
+    "report.pdf": "PdfError",
+    "training": "TrainingError",
+}
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 
 
@@ -164,9 +172,11 @@ def setup():
 
 def report():
     """Execute both notebooks and make the PDF."""
+    who = student()  # refused at once, before anything heavy is loaded
+
     from report import build
 
-    build.report(settings(), student())
+    build.report(settings(), who)
 
 
 def notebooks():
@@ -178,9 +188,11 @@ def notebooks():
 
 def demo():
     """Run everything on generated data."""
+    who = student()
+
     from report import build
 
-    build.demo(student())
+    build.demo(who)
 
 
 def test():
@@ -198,9 +210,11 @@ def test():
 
 def zip():
     """Make the ZIP."""
+    who = student()
+
     from report import bundle
 
-    bundle.make_zip(student(), weights=os.environ.get("WEIGHTS") == "1")
+    bundle.make_zip(who, weights=os.environ.get("WEIGHTS") == "1")
 
 
 def verify():
@@ -261,17 +275,16 @@ def main(arguments):
         return run_in_environment(arguments)
 
     sys.path.insert(0, str(ROOT))
-    from report.bundle import BundleError
-    from report.identity import IdentityError
-    from report.notebooks import NotebookError
-    from report.pdf import PdfError
-    from training import TrainingError
-
-    expected = (BundleError, IdentityError, NotebookError, PdfError, TrainingError)
     try:
         globals()[words[0]]()
-    except expected as error:
-        raise CommandError(str(error)) from error
+    except Exception as error:
+        # Only loaded modules can have raised; importing them all takes seconds
+        loaded = [name for name in EXPECTED if name in sys.modules]
+        if isinstance(
+            error, tuple(getattr(sys.modules[m], EXPECTED[m]) for m in loaded)
+        ):
+            raise CommandError(str(error)) from error
+        raise
     return 0
 
 

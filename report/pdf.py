@@ -68,7 +68,7 @@ def make_pdf(notebooks, history, student, provenance, target, demo=False):
     Raises:
         PdfError: pandoc or Typst refused what they were given.
     """
-    loaded = [nbformat.read(path, as_version=4) for path in notebooks]
+    kinds = [DEMO_KEYWORD] * demo + [DRAFT_KEYWORD] * student.is_placeholder
     facts = {
         "student": {
             "surname": student.surname,
@@ -78,13 +78,16 @@ def make_pdf(notebooks, history, student, provenance, target, demo=False):
         "provenance": provenance,
         "draft": student.is_placeholder,
         "demo": demo,
-        "keywords": [
-            *([DEMO_KEYWORD] if demo else []),
-            *([DRAFT_KEYWORD] if student.is_placeholder else []),
-            fingerprint(notebooks, history, student),
-        ],
-        "date": _date_of(loaded),
+        "keywords": [*kinds, fingerprint(notebooks, history, student)],
     }
+    write_whole(target, _typeset(notebooks, facts))
+
+
+def _typeset(notebooks, facts):
+    """Return what Typst makes of executed notebooks and the facts of the first page."""
+    loaded = [nbformat.read(path, as_version=4) for path in notebooks]
+    year, month, day = facts["date"] = _date_of(loaded)
+    midnight = datetime.datetime(year, month, day, tzinfo=datetime.timezone.utc)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         for name in SOURCES:
@@ -102,9 +105,7 @@ def make_pdf(notebooks, history, student, provenance, target, demo=False):
                 extra_args=[f"--lua-filter={HERE / 'filter.lua'}", "--wrap=none"],
             )
             (folder / "body.typ").write_text(body, encoding="utf-8")
-            year, month, day = facts["date"]
-            midnight = datetime.datetime(year, month, day, tzinfo=datetime.timezone.utc)
-            content = typst.compile(
+            return typst.compile(
                 str(folder / "template.typ"),
                 root=str(folder),
                 ignore_system_fonts=True,
@@ -113,7 +114,6 @@ def make_pdf(notebooks, history, student, provenance, target, demo=False):
             )
         except (RuntimeError, typst.TypstError) as error:
             raise PdfError(f"the report could not be typeset: {error}") from error
-    write_whole(target, content)
 
 
 def _date_of(notebooks):
