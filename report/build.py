@@ -5,6 +5,7 @@ notebooks that are tracked and the report that is handed in. Everything else is 
 below ``build/``.
 """
 
+import json
 import shutil
 import time
 from pathlib import Path
@@ -13,7 +14,7 @@ import nbformat
 import torch
 
 from report import notebooks
-from report.pdf import make_pdf
+from report.pdf import make_pdf, make_picture
 from training import (
     DEFAULTS,
     HISTORY_NAME,
@@ -21,11 +22,14 @@ from training import (
     TrainingError,
     fetch,
     read_history,
+    write_whole,
 )
 
 ATTENTION = Path("attention.ipynb")
 TRANSFORMER = Path("vision_transformer.ipynb")
 BUILD = Path("build")
+README = Path("README.md")
+COSTS = Path("report", "costs.json")
 ATTENTION_SECONDS = 600  # a cell that takes longer hangs
 LIVE, RECORDED = "executed live", "outputs as recorded"
 
@@ -170,6 +174,51 @@ def store_notebooks():
     """
     for path, timeout in ((ATTENTION, ATTENTION_SECONDS), (TRANSFORMER, None)):
         notebooks.store(_execute(path, timeout=timeout), path)
+
+
+def readme(student):
+    """Renew what the README shows: the first page, and what the commands cost.
+
+    Args:
+        student: a ``Student``.
+    """
+    paths = [ATTENTION, TRANSFORMER]
+    how = {path: (nbformat.read(path, as_version=4), LIVE) for path in paths}
+    run = _run(DEFAULTS)
+    history = run.record_folder / HISTORY_NAME
+    rows = [*_provenance(how), ["training", _training_row(run, history)]]
+    make_picture(paths, history, student, rows, Path("report", "first-page.png"))
+    text = README.read_text(encoding="utf-8")
+    write_whole(README, with_costs(text, COSTS.read_text(encoding="utf-8")).encode())
+
+
+def with_costs(readme, record):
+    """Return a README with the table of what the commands cost, from its record.
+
+    Args:
+        readme: text of the README; what is between the two marks is replaced.
+        record: text of ``report/costs.json``.
+    """
+    begin, end = "<!-- costs -->\n", "<!-- end of costs -->"
+    before, _, rest = readme.partition(begin)
+    rows = [
+        f"| `{entry['command']}` | {entry['what']} | {_duration(entry['seconds'])} | "
+        f"{_size(entry['megabytes'])} |\n"
+        for entry in json.loads(record)["commands"]
+    ]
+    return before + begin + "".join(rows) + end + rest.partition(end)[2]
+
+
+def _duration(seconds):
+    if seconds is None:
+        return ""
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+
+
+def _size(megabytes):
+    if megabytes is None:
+        return ""
+    return f"{megabytes} MB" if megabytes < 1000 else f"{megabytes / 1000:.1f} GB"
 
 
 def demo(student):

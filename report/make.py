@@ -23,6 +23,7 @@ COMMANDS = {
     "test": "run all tests and the linter",
     "zip": "make dist/Surname-MatriculationNumber.zip, ready for Moodle",
     "verify": "validate the recorded weights on the test images again",
+    "readme": "renew the README's picture and table from report and record",
     "lab": "open JupyterLab on the notebooks",
     "clean": "remove build/, dist/ and caches; never data, .venv or the record",
 }
@@ -222,6 +223,15 @@ def verify():
     command = [sys.executable, "vision_transformer.py", "--verify"]
     if subprocess.run(command, check=False).returncode:
         raise CommandError("The record could not be confirmed, see above.")
+
+
+def readme():
+    """Renew what the README shows of report and record."""
+    who = student()
+
+    from report import build
+
+    build.readme(who)
 
 
 def lab():

@@ -68,8 +68,20 @@ def make_pdf(notebooks, history, student, provenance, target, demo=False):
     Raises:
         PdfError: pandoc or Typst refused what they were given.
     """
+    facts = _facts(notebooks, history, student, provenance, demo)
+    write_whole(target, _typeset(notebooks, facts, pdf_standards=["ua-1"]))
+
+
+def make_picture(notebooks, history, student, provenance, target):
+    """Draw the first page of the report as a PNG; arguments as for ``make_pdf``."""
+    facts = _facts(notebooks, history, student, provenance, demo=False)
+    write_whole(target, _typeset(notebooks, facts, format="png", ppi=90)[0])
+
+
+def _facts(notebooks, history, student, provenance, demo):
+    """Return what the first page shows."""
     kinds = [DEMO_KEYWORD] * demo + [DRAFT_KEYWORD] * student.is_placeholder
-    facts = {
+    return {
         "student": {
             "surname": student.surname,
             "given_name": student.given_name,
@@ -80,10 +92,9 @@ def make_pdf(notebooks, history, student, provenance, target, demo=False):
         "demo": demo,
         "keywords": [*kinds, fingerprint(notebooks, history, student)],
     }
-    write_whole(target, _typeset(notebooks, facts))
 
 
-def _typeset(notebooks, facts):
+def _typeset(notebooks, facts, **options):
     """Return what Typst makes of executed notebooks and the facts of the first page."""
     loaded = [nbformat.read(path, as_version=4) for path in notebooks]
     year, month, day = facts["date"] = _date_of(loaded)
@@ -109,8 +120,8 @@ def _typeset(notebooks, facts):
                 str(folder / "template.typ"),
                 root=str(folder),
                 ignore_system_fonts=True,
-                pdf_standards=["ua-1"],
                 timestamp=int(midnight.timestamp()),
+                **options,
             )
         except (RuntimeError, typst.TypstError) as error:
             raise PdfError(f"the report could not be typeset: {error}") from error

@@ -15,7 +15,7 @@ import torch
 from conftest import ROOT, run_script
 
 import training
-from report import bundle, make, pdf
+from report import build, bundle, make, pdf
 from report.identity import check_student
 from vision_transformer import VisionTransformer
 
@@ -319,6 +319,15 @@ def test_make_hands_values_on_as_they_were_typed(project):
     assert done.returncode != 0
     assert 'the surname "$(shell touch x)" holds' in done.stderr
     assert not (project / "x").exists()
+
+
+def test_the_readme_shows_what_the_records_say():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    record = (ROOT / "report" / "costs.json").read_text(encoding="utf-8")
+    assert build.with_costs(readme, record) == readme, "run `make readme`"
+    assert (ROOT / "report" / "first-page.png").is_file()
+    shown = set(re.findall(r"`make ([a-z]+)", readme))
+    assert shown <= set(make.COMMANDS)
 
 
 def test_the_demo_works_and_touches_nothing_tracked(project):
