@@ -1,7 +1,7 @@
 # Every target is a command of report/make.py, which also works without make:
 # `python report/make.py report` is `make report`.
 PYTHON ?= python3
-TARGETS := setup report notebooks demo test zip verify lab readme clean
+TARGETS := setup report notebooks demo test zip bench verify lab readme clean
 
 .PHONY: help $(TARGETS)
 help:
@@ -13,11 +13,14 @@ $(TARGETS):
 # Values reach the command through the environment, as they were typed: make itself
 # would expand a dollar sign in them.
 ifdef SURNAME
-override export SURNAME := $(value SURNAME)
+override SURNAME := $(value SURNAME)
+export SURNAME
 endif
 ifdef GIVEN_NAME
-override export GIVEN_NAME := $(value GIVEN_NAME)
+override GIVEN_NAME := $(value GIVEN_NAME)
+export GIVEN_NAME
 endif
 ifdef MATRICULATION
-override export MATRICULATION := $(value MATRICULATION)
+override MATRICULATION := $(value MATRICULATION)
+export MATRICULATION
 endif

@@ -193,16 +193,18 @@ class SelfAttention(nn.Module):
         self.v = nn.Linear(embed_dim, num_heads * value_dim, bias=False)  # W^V
         self.out = nn.Linear(num_heads * value_dim, embed_dim, bias=False)  # W^O
 
-    def forward(self, x, need_weights=False):
+    def forward(self, x, need_weights=False, num_queries=None):
         """Let every token attend to all tokens of its sequence.
 
         Args:
             x: tokens, (B, L, D), floating-point.
             need_weights: also return the attention weights.
+            num_queries: let only the first tokens ask, this many; by default all L.
 
         Returns:
             The attended tokens, (B, L, D); with ``need_weights`` a pair of these and
-            the weights, (B, num_heads, L, L), each row of which sums to 1.
+            the weights, (B, num_heads, L, L), each row of which sums to 1. With
+            ``num_queries`` only the first rows of both.
 
         Raises:
             TypeError: ``x`` is no floating-point tensor.
@@ -211,7 +213,7 @@ class SelfAttention(nn.Module):
         check_input(x, "B L D", D=self.embed_dim)
 
         # Project, and give each head its slice of the features
-        q = self._split_heads(self.q(x))  # (B, h, L, d_k)
+        q = self._split_heads(self.q(x[:, :num_queries]))  # (B, h, L, d_k)
         k = self._split_heads(self.k(x))  # (B, h, L, d_k)
         v = self._split_heads(self.v(x))  # (B, h, L, d_v)
 
@@ -335,7 +337,7 @@ def run_unit_tests(*tests, device=None):
 
     Args:
         *tests: functions ``test_...(device)`` that return a short evidence string or
-            raise ``AssertionError``.
+            raise.
         device: where to compute; by default the one of ``choose_device``.
 
     Raises:
@@ -348,9 +350,11 @@ def run_unit_tests(*tests, device=None):
         torch.manual_seed(0)
         try:
             print(f"passed  {name}: {test(device)}")
-        except AssertionError as error:
+        except Exception as error:  # the other tests still get their line
             failed.append(name)
-            print(f"FAILED  {name}: {error}")
+            unexpected = not isinstance(error, AssertionError)
+            kind = f"{type(error).__name__}: " if unexpected else ""
+            print(f"FAILED  {name}: {kind}{error}")
     if failed:
         raise AssertionError("failed unit tests: " + ", ".join(failed))
 

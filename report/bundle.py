@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 
 import nbformat
 
-from report.notebooks import differences
+from report.notebooks import checksum, differences
 from report.pdf import DEMO_KEYWORD, DRAFT_KEYWORD, fingerprint, keywords
 from training import (
     DEFAULTS,
@@ -144,10 +144,17 @@ def _check_record(weights):
             f"{path.as_posix()} is not the record of a run with the recipe's "
             "parameters: restore it, or delete it and run `make report`"
         )
-    if weights and not (RECORD_FOLDER / WEIGHTS_NAME).is_file():
+    shown = nbformat.read(NOTEBOOKS[1], as_version=4).metadata["provenance"]
+    if shown.get("record") != checksum(path):
         raise BundleError(
-            f"{(RECORD_FOLDER / WEIGHTS_NAME).as_posix()} is missing: leave WEIGHTS=1 "
-            "away, or restore it"
+            f"{NOTEBOOKS[1]} does not show the run in {path.as_posix()}: run "
+            "`make report` where the data set is, or can be fetched"
+        )
+    weights_path = RECORD_FOLDER / WEIGHTS_NAME
+    if weights and checksum(weights_path) != history.get("weights_sha256"):
+        raise BundleError(
+            f"{weights_path.as_posix()} is missing, or not that of the record: leave "
+            "WEIGHTS=1 away, or restore it"
         )
 
 

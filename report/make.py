@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -22,10 +23,11 @@ COMMANDS = {
     "demo": "everything live in 3 minutes, on generated data, below build/demo",
     "test": "run all tests and the linter",
     "zip": "make dist/Surname-MatriculationNumber.zip, ready for Moodle",
+    "bench": "measure speed and memory beside other implementations, 15 minutes",
     "verify": "validate the recorded weights on the test images again",
     "readme": "renew the README's picture and table from report and record",
     "lab": "open JupyterLab on the notebooks",
-    "clean": "remove build/, dist/ and caches; never data, .venv or the record",
+    "clean": "remove build/, dist/ and caches; never data, .venv or training runs",
 }
 OPTIONS = {
     "SURNAME": "your name, instead of the one in report/student.toml",
@@ -72,16 +74,23 @@ def ensure_environment():
     windows = os.name == "nt"
     python = folder / ("Scripts/python.exe" if windows else "bin/python")
     stamp = folder / "requirements.sha256"
-    wanted = hashlib.sha256((ROOT / "pyproject.toml").read_bytes()).hexdigest()
-    if python.exists() and stamp.exists() and stamp.read_text() == wanted:
+    requirements = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    wanted = hashlib.sha256(requirements.encode()).hexdigest()
+    cpu = os.environ.get("CPU") == "1"
+    found = stamp.read_text(encoding="utf-8").split() if stamp.exists() else [""]
+    if python.exists() and found[0] == wanted and (not cpu or "cpu" in found):
         return python
     print(f"Setting up {folder.name}: a few minutes, once.", flush=True)
     pip = [str(python), "-m", "pip", "--disable-pip-version-check", "install"]
-    index = ["--extra-index-url", CPU_INDEX] if os.environ.get("CPU") == "1" else []
-    _set_up([sys.executable, "-m", "venv", str(folder)])
+    # A Python that was upgraded leaves a broken environment behind: begin anew
+    anew = [] if python.exists() else ["--clear"]
+    _set_up([sys.executable, "-m", "venv", *anew, str(folder)])
     _set_up([*pip, "--upgrade", "pip>=25.1"])  # the first to know --group
-    _set_up([*pip, *index, "--group", "test"])
-    stamp.write_text(wanted)
+    if cpu:
+        torch = re.findall(r'"(torch(?:vision)?[<>=][^"]*)"', requirements)
+        _set_up([*pip, "--index-url", CPU_INDEX, *torch])  # both from one index
+    _set_up([*pip, "--group", "test"])
+    stamp.write_text(wanted + " cpu" * cpu, encoding="utf-8")
     return python
 
 
@@ -105,10 +114,15 @@ def run_in_environment(arguments):
     python = ensure_environment()
     child = {**os.environ, "PYTHONUTF8": "1"}
     child.pop("PYTHONHOME", None)
-    command = [str(python), str(Path(__file__).resolve()), *arguments]
-    with contextlib.suppress(KeyboardInterrupt):  # the child has got it, too
-        return subprocess.run(command, env=child, check=False).returncode
-    return 130
+    return wait_for([str(python), str(Path(__file__).resolve()), *arguments], child)
+
+
+def wait_for(command, environment=None):
+    """Run a command; leave Ctrl-C to it, and return its exit code."""
+    with subprocess.Popen(command, env=environment) as process:
+        while True:
+            with contextlib.suppress(KeyboardInterrupt):
+                return process.wait()
 
 
 # --- Commands, inside the environment -------------------------------------------------
@@ -218,6 +232,15 @@ def zip():
     bundle.make_zip(who, weights=os.environ.get("WEIGHTS") == "1")
 
 
+def bench():
+    """Measure speed and memory; what that needs more is installed first."""
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install"]
+    _set_up([*pip, "--group", "bench"])
+    command = [sys.executable, str(Path("bench", "speed.py"))]
+    if wait_for(command):
+        raise CommandError("The benchmark failed, see above.")
+
+
 def verify():
     """Validate the recorded weights."""
     command = [sys.executable, "vision_transformer.py", "--verify"]
@@ -236,15 +259,15 @@ def readme():
 
 def lab():
     """Open JupyterLab."""
-    command = [sys.executable, "-m", "jupyter", "lab", "attention.ipynb"]
-    with contextlib.suppress(KeyboardInterrupt):
-        subprocess.run(command, check=False)
+    wait_for([sys.executable, "-m", "jupyter", "lab", "attention.ipynb"])
 
 
 def clean():
-    """Remove what can be made again."""
-    for name in ("build", "dist", ".pytest_cache", ".ruff_cache"):
-        shutil.rmtree(ROOT / name, ignore_errors=True)
+    """Remove what can be made again; training runs took hours, and stay."""
+    build = [path for path in ROOT.glob("build/*") if path.name != "runs"]
+    others = [ROOT / name for name in ("dist", ".pytest_cache", ".ruff_cache")]
+    for folder in [*build, *others]:
+        shutil.rmtree(folder, ignore_errors=True)
     for cache in [*ROOT.glob("__pycache__"), *ROOT.glob("[!.]*/__pycache__")]:
         shutil.rmtree(cache, ignore_errors=True)
 

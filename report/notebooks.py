@@ -5,6 +5,7 @@ stored only when every cell succeeded.
 """
 
 import datetime
+import hashlib
 import os
 import platform
 import re
@@ -156,6 +157,9 @@ def execute(notebook, name, folder, timeout):
         client.execute()
         notebook.metadata["provenance"] = _provenance()
         return
+    except AssertionError:
+        # nbclient answers Ctrl-C by ending the kernel, and then trips over that
+        raise KeyboardInterrupt from None
     except NoSuchKernel as error:
         raise NotebookError(f"{name}: there is no Jupyter kernel {KERNEL!r}") from error
     except CellExecutionError as error:
@@ -180,6 +184,12 @@ def _failed_line(cell, traceback):
     found = re.findall(pattern, ANSI.sub("", traceback))
     number = int(found[-1]) if found else 1
     return number, lines[number - 1].strip() if number <= len(lines) else ""
+
+
+def checksum(path):
+    """Return the SHA-256 of a file, empty if there is none."""
+    path = Path(path)
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
 
 
 def _provenance():

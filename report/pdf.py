@@ -1,6 +1,7 @@
 """From executed notebooks to the PDF: nbconvert's Markdown, pandoc, Typst."""
 
 import base64
+import contextlib
 import datetime
 import hashlib
 import json
@@ -78,6 +79,34 @@ def make_picture(notebooks, history, student, provenance, target):
     write_whole(target, _typeset(notebooks, facts, format="png", ppi=90)[0])
 
 
+def use_system_fonts(student):
+    """Return whether the fonts that come with Typst lack letters of a name.
+
+    Args:
+        student: a ``Student``.
+
+    Raises:
+        PdfError: the fonts of this machine lack them, too.
+    """
+    name = f"{student.given_name} {student.surname}"
+    for system in (False, True):
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / "name.txt").write_text(name, encoding="utf-8")
+            page = Path(folder) / "name.typ"
+            page.write_text(
+                '#set document(title: "x")\n#read("name.txt")', encoding="utf-8"
+            )
+            with contextlib.suppress(typst.TypstError):
+                typst.compile(
+                    str(page), ignore_system_fonts=not system, pdf_standards=["ua-1"]
+                )
+                return system
+    raise PdfError(
+        f"no font on this machine has all letters of {name!r}: install one, for "
+        "example Noto Sans of that script, or give the name in Latin letters"
+    )
+
+
 def _facts(notebooks, history, student, provenance, demo):
     """Return what the first page shows."""
     kinds = [DEMO_KEYWORD] * demo + [DRAFT_KEYWORD] * student.is_placeholder
@@ -90,6 +119,7 @@ def _facts(notebooks, history, student, provenance, demo):
         "provenance": provenance,
         "draft": student.is_placeholder,
         "demo": demo,
+        "system_fonts": use_system_fonts(student),
         "keywords": [*kinds, fingerprint(notebooks, history, student)],
     }
 
@@ -119,7 +149,7 @@ def _typeset(notebooks, facts, **options):
             return typst.compile(
                 str(folder / "template.typ"),
                 root=str(folder),
-                ignore_system_fonts=True,
+                ignore_system_fonts=not facts["system_fonts"],
                 timestamp=int(midnight.timestamp()),
                 **options,
             )

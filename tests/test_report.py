@@ -1,7 +1,7 @@
 """The PDF, the ZIP, and the command that makes them."""
 
 import io
-import os
+import json
 import re
 import shutil
 import subprocess
@@ -12,12 +12,12 @@ import nbformat
 import pypdf
 import pytest
 import torch
-from conftest import ROOT, run_script
+from conftest import ROOT, run_script, small_model
 
 import training
-from report import build, bundle, make, pdf
+from report import build, bundle, make, notebooks, pdf
 from report.identity import check_student
-from vision_transformer import VisionTransformer
+from vision_transformer import VisionTransformer, make_loaders, predict, verify
 
 STUDENT = check_student("Müller-Lüdenscheidt", "Anna María", "12345678")
 DRAFT = check_student("Surname", "Given Name", "00000000")
@@ -130,8 +130,17 @@ def ready(project, monkeypatch):
     monkeypatch.setattr(run, "_store_checkpoint", lambda: None)
     for _ in run.epochs(model, torch.optim.Adam(model.parameters()), 1):
         run.end_epoch([1.0], 0.7, 0.75)
+    show_record()
     make_report(project)
     return project
+
+
+def show_record():
+    """Let the stored notebook claim to show the record, as an executed one does."""
+    notebook = nbformat.read("vision_transformer.ipynb", as_version=4)
+    history = training.RECORD_FOLDER / "history.json"
+    notebook.metadata["provenance"]["record"] = notebooks.checksum(history)
+    nbformat.write(notebook, "vision_transformer.ipynb")
 
 
 def make_report(project, student=STUDENT, demo=False):
@@ -203,6 +212,7 @@ def test_the_unpacked_zip_works_alone(ready, tmp_path):
         ("error output", "holds an error in cell"),
         ("no record", "there is no finished run"),
         ("other record", "is not the record of a run with the recipe's parameters"),
+        ("record not shown", "does not show the run in report/run"),
         ("no pdf at all", "is outdated"),
     ],
 )
@@ -241,6 +251,9 @@ def test_what_is_not_ready_is_refused(ready, spoil, said):
     elif spoil == "other record":
         text = history.read_text(encoding="utf-8")
         history.write_text(text.replace('"n_epochs": 50', '"n_epochs": 5'), "utf-8")
+    elif spoil == "record not shown":
+        text = history.read_text(encoding="utf-8")
+        history.write_text(text + " ", "utf-8")
     elif spoil == "no pdf at all":
         made.write_bytes(b"not a pdf")
     with pytest.raises(bundle.BundleError) as caught:
@@ -267,7 +280,7 @@ def test_names_are_packed_as_nfc():
 
 def run_make(*arguments, folder=ROOT, **environment):
     """Run report/make.py inside the environment that the tests run in."""
-    environment = {"VENV": os.path.relpath(sys.prefix, folder), **environment}
+    environment = {"VENV": sys.prefix, **environment}
     script = folder / "report" / "make.py"
     return run_script(script, *arguments, folder=folder, timeout=600, **environment)
 
@@ -307,8 +320,7 @@ def test_bad_commands_get_one_sentence(project, arguments, said):
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 def test_make_hands_values_on_as_they_were_typed(project):
-    environment = os.path.relpath(sys.prefix, project)
-    command = ["make", "zip", "SURNAME=$(shell touch x)", f"VENV={environment}"]
+    command = ["make", "zip", "SURNAME=$(shell touch x)", f"VENV={sys.prefix}"]
     done = subprocess.run(
         [*command, f"PYTHON={sys.executable}"],
         cwd=project,
@@ -325,9 +337,57 @@ def test_the_readme_shows_what_the_records_say():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     record = (ROOT / "report" / "costs.json").read_text(encoding="utf-8")
     assert build.with_costs(readme, record) == readme, "run `make readme`"
+    costs = {entry["command"].split()[1] for entry in json.loads(record)["commands"]}
+    assert {"setup", "report", "test", "demo"} <= costs
     assert (ROOT / "report" / "first-page.png").is_file()
     shown = set(re.findall(r"`make ([a-z]+)", readme))
     assert shown <= set(make.COMMANDS)
+
+
+def test_without_data_the_report_takes_recorded_outputs(project):
+    before = {name: (project / name).read_bytes() for name in ("attention.ipynb",)}
+    (project / "data").mkdir()
+    broken = project / "data" / training.ARCHIVE_NAME
+    broken.write_bytes(b"not the archive")
+    # No source: the network of a machine that reaches nothing
+    script = project / "training.py"
+    text = script.read_text(encoding="utf-8")
+    script.write_text(text + "\nfetch.__defaults__ = ((),)\n", encoding="utf-8")
+    done = run_make("report", folder=project, SURNAME="Meier", MATRICULATION="123")
+    assert done.returncode == 0, done.stderr
+    assert f"MD5 {training.ARCHIVE_MD5}" in done.stdout
+    assert "taken with the outputs it has" in done.stdout
+    [made] = project.rglob("Meier-123.pdf")
+    first = " ".join(text_of(made)[0].split())
+    assert "vision_transformer.ipynb outputs as recorded" in first
+    assert "attention.ipynb executed live" in first
+    if not (project / training.RECORD_FOLDER / "history.json").is_file():
+        assert "build" in made.relative_to(project).parts
+        for name, content in before.items():
+            assert (project / name).read_bytes() == content
+
+
+def test_verify_counts_the_images(demo_data, capsys):
+    model = small_model()
+    cpu = torch.device("cpu")
+    logits, labels = predict(model, make_loaders("data", 500)[1], cpu)
+    hits = (logits.argmax(-1) == labels).sum().item()
+    for recorded, agrees in ((hits, True), (hits + 5, True), (hits + 6, False)):
+        history = {"val_accs_eval": [0.0, recorded / len(labels)]}
+        assert verify(model, history, "data", cpu) is agrees
+    said = capsys.readouterr().out
+    assert f"{hits} of {len(labels)} images right" in said
+    assert "NOT what was recorded" in said
+
+
+@pytest.mark.parametrize("surname", ["Łukasiewicz", "Nguyễn", "Иванов", "שמיר", "王"])
+def test_names_of_any_script_are_printed_or_refused(surname):
+    student = check_student(surname, "", "1")
+    try:
+        pdf.use_system_fonts(student)
+    except pdf.PdfError as error:
+        assert "in Latin letters" in str(error)
+        assert surname == "王", "the others come with Typst's own fonts"
 
 
 def test_the_demo_works_and_touches_nothing_tracked(project):

@@ -25,11 +25,10 @@ def unpacked(tmp_path):
 
 def test_importing_only_defines(unpacked):
     code = """
-import sys, time
+import sys
 import torch, torchvision, einops
-start = time.perf_counter()
 import attention, vision_transformer
-print(time.perf_counter() - start, "matplotlib" in sys.modules)
+print({"matplotlib", "IPython", "training", "safetensors"} & set(sys.modules))
 """
     done = subprocess.run(
         [sys.executable, "-B", "-c", code],
@@ -38,10 +37,8 @@ print(time.perf_counter() - start, "matplotlib" in sys.modules)
         encoding="utf-8",
         check=True,
     )
-    seconds, plots = done.stdout.split()
     assert done.stderr == ""
-    assert float(seconds) < 5, "0.3 s at most on an idle machine"
-    assert plots == "False"
+    assert done.stdout.strip() == "set()"
     assert sorted(path.name for path in unpacked.iterdir()) == sorted(GRADED)
 
 
@@ -79,7 +76,8 @@ def test_it_parses_as_python_38_and_imports_little(name):
 @pytest.mark.parametrize("name", GRADED)
 def test_nothing_ready_made_is_used(name):
     text = (ROOT / name).read_text(encoding="utf-8")
-    for word in ("scaled_dot_product_attention", "nn.Transformer", "Conv2d", "timm"):
+    ready_made = "scaled_dot_product_attention multi_head_attention_forward Conv2d timm"
+    for word in [*ready_made.split(), "nn.Transformer", "torchvision.models"]:
         assert word not in text
     code = re.sub(r'""".*?"""|#.*', "", text, flags=re.DOTALL)
     uses = [m.start() for m in re.finditer(r"nn\.MultiheadAttention\(", code)]
