@@ -86,7 +86,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def silent(self):
         self.server.stop.wait(30)
 
-    def headers(self):
+    def slow_headers(self):
         self.wfile.write(b"HTTP/1.1 200 OK\r\n")
         for number in range(300):
             self.wfile.write(b"X-Header-%d: x\r\n" % number)
@@ -143,7 +143,7 @@ def test_a_good_source_is_fetched_and_unpacked(server, tmp_path, manner):
         ("wrong", "wrong MD5"),
         ("loop", "redirect"),
         ("silent", ""),
-        ("headers", "hopelessly slow"),
+        ("slow_headers", "hopelessly slow"),
         ("trickle", "hopelessly slow"),
     ],
 )
@@ -166,7 +166,7 @@ def test_when_all_sources_fail_one_message_says_what_to_do(server, tmp_path):
 
 
 def test_dead_sources_cost_no_more_than_they_are_watched(server, tmp_path):
-    manners = ["silent", "headers", "trickle", "silent"]
+    manners = ["silent", "slow_headers", "trickle", "silent"]
     start = time.monotonic()
     with pytest.raises(TrainingError):
         training.fetch(TinyCIFAR10, tmp_path, [server(manner) for manner in manners])
