@@ -9,7 +9,7 @@
 #       format_name: percent
 #       format_version: '1.3'
 #   kernelspec:
-#     display_name: Python 3
+#     display_name: Python 3 (ipykernel)
 #     language: python
 #     name: python3
 # ---
@@ -113,10 +113,9 @@ def check_dropout(p_dropout):
 class Dropout(nn.Dropout):
     """``nn.Dropout`` with masks that cost little on a CPU.
 
-    PyTorch draws a number of 64 bits for every feature, on one core, which takes about
-    a sixth of a training step of this model. Here one number decides four features,
-    by 16 bits each: the probability is exact to 1 / 2**17. Elsewhere than on a CPU this
-    is ``nn.Dropout``.
+    PyTorch draws a random number for every feature, on one core, while the others
+    wait. Here one number of 64 bits decides four features, by 16 bits each: the
+    probability is exact to 1 / 2**17. Elsewhere than on a CPU this is ``nn.Dropout``.
     """
 
     def forward(self, x):
@@ -729,9 +728,10 @@ def train(model, run, cache_dir, batch_size, lr, device):
 
 
 # %% [markdown]
-# Training took place once; its record is loaded, after a check that it belongs to
+# A run that is finished is loaded from its record, after a check that this belongs to
 # this model and these parameters. With `TRAIN = True` a run without a record is
-# trained, from its last checkpoint if there is one.
+# trained, from its last checkpoint if there is one; an interrupted cell can simply be
+# run again.
 
 # %% tags=["active-ipynb", "switch"]
 # TRAIN = False

@@ -31,6 +31,7 @@ TRANSFORMER = Path("vision_transformer.ipynb")
 BUILD = Path("build")
 README = Path("README.md")
 COSTS = Path("report", "costs.json")
+SPEED = Path("bench", "speed.json")
 ATTENTION_SECONDS = 600  # a cell that takes longer hangs
 LIVE, RECORDED = "executed live", "outputs as recorded"
 
@@ -220,25 +221,52 @@ def readme(student):
     rows = [*_provenance(how), ["training", _training_row(run, history)]]
     make_picture(paths, history, student, rows, Path("report", "first-page.png"))
     text = README.read_text(encoding="utf-8")
-    write_whole(README, with_costs(text, COSTS.read_text(encoding="utf-8")).encode())
+    write_whole(README, with_records(text).encode())
 
 
-def with_costs(readme, record):
-    """Return a README with the table of what the commands cost, from its record.
+def with_records(readme):
+    """Return the README's text with the tables that its records give.
 
-    Args:
-        readme: text of the README; what is between the two marks is replaced.
-        record: text of ``report/costs.json``.
+    Each table stands between two marks, of which it replaces what is there.
     """
-    begin, end = "<!-- costs -->\n", "<!-- end of costs -->"
-    before, _, rest = readme.partition(begin)
-    rows = ["\n| command | what it does | time | disk |\n|---|---|---|---|\n"]
+    costs = json.loads(COSTS.read_text(encoding="utf-8"))
+    rows = ["| command | what it does | time | disk |", "|---|---|---|---|"]
     rows += [
         f"| `{entry['command']}` | {entry['what']} | {_duration(entry['seconds'])} | "
-        f"{_size(entry['megabytes'])} |\n"
-        for entry in json.loads(record)["commands"]
+        f"{_size(entry['megabytes'])} |"
+        for entry in costs["commands"]
     ]
-    return before + begin + "".join(rows) + "\n" + end + rest.partition(end)[2]
+    rows += ["", f"Measured on {costs['machine']}, {costs['date']}."]
+    readme = _between(readme, "costs", rows)
+
+    speed = json.loads(SPEED.read_text(encoding="utf-8"))
+    rows = [
+        "| | training step | inference | peak memory of a step |",
+        "|---|---|---|---|",
+    ]
+    rows += [
+        f"| {name} | {row['median']:.0f} ms | {speed['inference'][name]['median']:.0f} "
+        f"ms | {speed['training_step_memory_mib'][name]:.0f} MiB |"
+        for name, row in speed["training_step"].items()
+    ]
+    rows += ["", "| in short | |", "|---|---|"]
+    rows += [f"| {name} | {value:.2f} |" for name, value in speed["summary"].items()]
+    machine = speed["machine"]
+    rows += [
+        "",
+        f"Medians of {speed['rounds']} interleaved rounds, batch of "
+        f"{speed['batch_size']}, float32, on {machine['processor']} with "
+        f"{machine['threads']} threads, torch {machine['torch']}, "
+        f"{speed['date'][:10]}.",
+    ]
+    return _between(readme, "speed", rows)
+
+
+def _between(text, name, lines):
+    """Return a text with what stands between the marks of a table replaced."""
+    begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+    before, _, rest = text.partition(begin)
+    return "\n".join([before + begin, "", *lines, "", end + rest.partition(end)[2]])
 
 
 def _duration(seconds):
