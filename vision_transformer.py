@@ -817,6 +817,7 @@ def plot_validation_accuracy(history):
             va="center",
         )
     ax.set(xlabel="epoch", ylabel="validation accuracy / %", ylim=(0, 100))
+    ax.set_xlim(0, epochs[-1] + 1)
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.grid(alpha=0.3)
     ax.legend(loc="lower right")

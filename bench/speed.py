@@ -458,7 +458,7 @@ def plot_growth(record):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", default="cpu", type=torch.device)
-    parser.add_argument("--rounds", default=9, type=int, help="at least 3")
+    parser.add_argument("--rounds", default=5, type=int, help="at least 3")
     parser.add_argument("--record", default=RECORD, type=Path)
     parser.add_argument("--memory", help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -23,7 +23,7 @@ COMMANDS = {
     "demo": "everything live in 3 minutes, on generated data, below build/demo",
     "test": "run all tests and the linter",
     "zip": "make dist/Surname-MatriculationNumber.zip, ready for Moodle",
-    "bench": "measure speed and memory beside other implementations, 15 minutes",
+    "bench": "measure speed and memory beside other implementations, 10 minutes",
     "verify": "validate the recorded weights on the test images again",
     "readme": "renew the README's picture and table from report and record",
     "lab": "open JupyterLab on the notebooks",

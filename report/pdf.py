@@ -20,6 +20,8 @@ from training import write_whole
 
 HERE = Path(__file__).parent
 SOURCES = ("template.typ", "filter.lua", "references.bib", "pdf.py")
+SPEED = HERE.parent / "bench" / "speed.json"
+GROWTH = HERE.parent / "bench" / "growth.svg"
 IMAGE_TYPES = {"image/svg+xml": "svg", "image/png": "png"}
 DEMO_KEYWORD = "demo data"
 DRAFT_KEYWORD = "draft"
@@ -41,7 +43,8 @@ def fingerprint(notebooks, history, student):
     """
     identity = student.surname, student.given_name, student.matriculation_number
     digest = hashlib.sha256(repr(identity).encode())
-    for path in [*notebooks, history, *(HERE / name for name in SOURCES)]:
+    sources = [HERE / name for name in SOURCES]
+    for path in [*notebooks, history, SPEED, GROWTH, *sources]:
         digest.update(path.read_bytes() if path.is_file() else b"")
     return digest.hexdigest()
 
@@ -109,6 +112,7 @@ def use_system_fonts(student):
 
 def _facts(notebooks, history, student, provenance, demo):
     """Return what the first page shows."""
+    has_speed = SPEED.is_file() and GROWTH.is_file()
     kinds = [DEMO_KEYWORD] * demo + [DRAFT_KEYWORD] * student.is_placeholder
     return {
         "student": {
@@ -120,6 +124,7 @@ def _facts(notebooks, history, student, provenance, demo):
         "draft": student.is_placeholder,
         "demo": demo,
         "system_fonts": use_system_fonts(student),
+        "speed": json.loads(SPEED.read_text(encoding="utf-8")) if has_speed else None,
         "keywords": [*kinds, fingerprint(notebooks, history, student)],
     }
 
@@ -133,6 +138,8 @@ def _typeset(notebooks, facts, **options):
         folder = Path(temporary)
         for name in SOURCES:
             shutil.copy(HERE / name, folder)
+        if facts["speed"]:
+            shutil.copy(GROWTH, folder)
         (folder / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
         parts = [
             to_markdown(notebook, folder, prefix=path.stem)
