@@ -152,6 +152,8 @@ def _typeset(notebooks, facts, **options):
                 format="markdown-auto_identifiers-citations",
                 extra_args=[f"--lua-filter={HERE / 'filter.lua'}", "--wrap=none"],
             )
+            # pandoc makes figures of tables; one without a caption takes no number
+            body = body.replace(", kind: table\n", ", kind: table, numbering: none\n")
             (folder / "body.typ").write_text(body, encoding="utf-8")
             return typst.compile(
                 str(folder / "template.typ"),

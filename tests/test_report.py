@@ -88,7 +88,9 @@ def test_every_figure_is_numbered_and_captioned(made):
                 pictures += "image/png" in output.get("data", {})
     assert pictures > 0
     numbers = re.findall(r"Figure\s+(\d+)\.", text)
-    assert numbers == [str(n) for n in range(1, pictures + 1)]
+    assert numbers[:pictures] == [str(n) for n in range(1, pictures + 1)]
+    tables = re.findall(r"Table\s+(\d+)\.", text)
+    assert tables == [str(n) for n in range(1, len(tables) + 1)]
 
 
 def test_it_is_tagged_and_has_title_and_language(made):
