@@ -123,7 +123,7 @@ class _Client(NotebookClient):
         """
         lines = text.split("\n")
         bar = lines.pop() if "step/s" in lines[-1] or "s/step" in lines[-1] else ""
-        for line in lines[self.finished_lines :]:
+        for line in filter(None, lines[self.finished_lines :]):
             print(f"\r  {line:<86}", flush=True)
         self.finished_lines = max(self.finished_lines, len(lines))
         if bar and sys.stdout.isatty():
@@ -150,8 +150,8 @@ def execute(notebook, name, folder, timeout):
         coalesce_streams=True,
         store_widget_state=False,
         record_timing=False,
-        # Warns at every start that messages on the loopback are not encrypted
-        extra_arguments=["--log-level=ERROR"],
+        # Its own log warns at every start, and shows tracebacks at Ctrl-C
+        extra_arguments=["--log-level=CRITICAL"],
     )
     try:
         client.execute()
