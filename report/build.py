@@ -2,7 +2,7 @@
 
 Only a finished default run, whose record lies in ``report/run``, may change the
 notebooks that are tracked and the report that is handed in. Everything else is written
-below ``build/``.
+below ``build/``. The exception is ``store_notebooks``, for whoever edits the scripts.
 """
 
 import json

@@ -12,7 +12,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -126,21 +125,6 @@ def wait_for(command, environment=None):
 
 
 # --- Commands, inside the environment -------------------------------------------------
-
-
-class _Timed:
-    """Announces a step, and says how long it took."""
-
-    def __init__(self, what):
-        self.what = what
-
-    def __enter__(self):
-        print(f"{self.what} ...", flush=True)
-        self.start = time.perf_counter()
-
-    def __exit__(self, kind, *_):
-        if kind is None:
-            print(f"  done in {time.perf_counter() - self.start:.0f} s", flush=True)
 
 
 def _number(name, kind, default):
