@@ -213,9 +213,14 @@ class SelfAttention(nn.Module):
         check_input(x, "B L D", D=self.embed_dim)
 
         # Project, and give each head its slice of the features
-        q = self._split_heads(self.q(x[:, :num_queries]))  # (B, h, L, d_k)
-        k = self._split_heads(self.k(x))  # (B, h, L, d_k)
-        v = self._split_heads(self.v(x))  # (B, h, L, d_v)
+        if num_queries is None:
+            q, k, v = self._project(x, self.q, self.k, self.v)
+        else:
+            q = self.q(x[:, :num_queries])
+            k, v = self._project(x, self.k, self.v)
+        q = self._split_heads(q)  # (B, h, L, d_k)
+        k = self._split_heads(k)  # (B, h, L, d_k)
+        v = self._split_heads(v)  # (B, h, L, d_v)
 
         # Attention(Q, K, V) = softmax(Q K^T / sqrt(d_k)) V
         q = q / math.sqrt(self.head_dim)
@@ -226,6 +231,13 @@ class SelfAttention(nn.Module):
         # Concat(head_1, ..., head_h) W^O
         output = self.out(rearrange(heads, "B h L d -> B L (h d)"))  # (B, L, D)
         return (output, weights) if need_weights else output
+
+    @staticmethod
+    def _project(x, *layers):
+        """Apply bias-free linear layers in one product, which reads ``x`` once."""
+        stacked = torch.cat([layer.weight for layer in layers])
+        sizes = [len(layer.weight) for layer in layers]
+        return nn.functional.linear(x, stacked).split(sizes, dim=-1)
 
     def _split_heads(self, features):
         return rearrange(features, "B L (h d) -> B h L d", h=self.num_heads)

@@ -127,8 +127,8 @@ class Dropout(nn.Dropout):
         numbers = torch.empty((x.numel() + 3) // 4, dtype=torch.int64)
         numbers.random_(-(2**63), None)  # all 64 bits
         lots = numbers.view(torch.int16)[: x.numel()].view(x.shape)
-        keep = lots >= dropped - 2**15
-        return x * keep.to(x.dtype).mul_(1 / (1 - self.p))
+        # Backward needs the mask only: one byte a feature
+        return (x / (1 - self.p)).masked_fill_(lots < dropped - 2**15, 0)
 
 
 class ResidualModule(nn.Module):
