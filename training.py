@@ -46,6 +46,7 @@ HISTORY_NAME = "history.json"
 WEIGHTS_NAME = "vision_transformer.safetensors"
 CHECKPOINT_NAME = "checkpoint.safetensors"
 PROBE_TOLERANCE = 1e-3
+FORMAT = 1  # of what is stored; raise it when older files can no longer be read
 
 ARCHIVE_NAME = "cifar-10-python.tar.gz"
 ARCHIVE_MD5 = "c58f30108f718f92721af3b95e74349a"
@@ -373,6 +374,8 @@ class Run:
     date               when it ended, UTC, ISO 8601
     probe_logits       see ``probe``
     weights_sha256     checksum of the weights file
+    format             version of the way in which all this is stored
+    sha256             checksum of all the other entries
     ================== =================================================================
 
     Args:
@@ -398,6 +401,7 @@ class Run:
         name = f"{dataset}-batch{batch_size}-lr{lr!r}-epochs{n_epochs}-seed{seed}"
         self.folder = RUNS_FOLDER / name
         self._bar = None
+        self._display = None
 
     @property
     def is_default(self):
@@ -485,6 +489,7 @@ class Run:
         if not self._restore():
             self.history = {
                 **self.settings,
+                "format": FORMAT,
                 "train_losses": [],
                 "val_accs": [],
                 "val_accs_eval": [],
@@ -543,6 +548,21 @@ class Run:
             f"{history['epoch_seconds'][-1]:.0f} s"
         )
 
+    def interrupted(self):
+        """Say what is saved and how to go on; to be called at ``KeyboardInterrupt``."""
+        if self._bar:
+            self._bar.close()
+        done = len(self.history["val_accs"]) if self.history else 0
+        saved = (
+            f"The first {done} are saved in {self.folder}"
+            if done
+            else ("None is finished yet")
+        )
+        self._say(
+            f"Interrupted in epoch {done + 1} of {self.settings['n_epochs']}. {saved}; "
+            f"run the same again, and it continues with epoch {done + 1}."
+        )
+
     def _say(self, line):
         if self._display:
             self._display.add(line)
@@ -583,7 +603,13 @@ class Run:
                 print(f"{error}; trying an older one", flush=True)
                 candidate.unlink()  # or it would take the place of the older one
                 continue
-            self._restore_from(candidate, tensors, json.loads(text))
+            history = json.loads(text)
+            if history.get("format") != FORMAT:
+                raise TrainingError(
+                    f"{candidate} has format {history.get('format')!r}, and {FORMAT} "
+                    f"is read here: delete {candidate.parent} to train anew"
+                )
+            self._restore_from(candidate, tensors, history)
             return True
         return False
 
@@ -634,6 +660,7 @@ class Run:
             probe_logits=probe(self._model),
             weights_sha256=hashlib.sha256(content).hexdigest(),
         )
+        self.history["sha256"] = _history_digest(self.history)
         folder = self.record_folder
         write_whole(folder / WEIGHTS_NAME, content)
         text = json.dumps(self.history, indent=None, separators=(", ", ": "))
@@ -680,20 +707,32 @@ def processor_name():
     return platform.processor() or platform.machine()
 
 
+def _history_digest(history):
+    """Return the SHA-256 of a history without its own checksum."""
+    rest = {key: value for key, value in history.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
 def read_history(path):
     """Read a ``history.json``.
 
     Raises:
-        TrainingError: it cannot be read.
+        TrainingError: it cannot be read, is damaged, or was stored in another format.
     """
+    advice = "restore it, or delete it to train anew"
     try:
         history = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(history, dict):
             raise ValueError("no JSON object")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
+        raise TrainingError(f"{path} cannot be read ({error}): {advice}") from error
+    if history.get("format") != FORMAT:
         raise TrainingError(
-            f"{path} cannot be read ({error}): restore it, or delete it to train anew"
-        ) from error
+            f"{path} has format {history.get('format')!r}, and {FORMAT} is read here: "
+            f"{advice}"
+        )
+    if history.get("sha256") != _history_digest(history):
+        raise TrainingError(f"{path} is damaged: its checksum does not match: {advice}")
     return history
 
 

@@ -719,11 +719,17 @@ def train(model, run, cache_dir, batch_size, lr, device):
     """
     train_loader, val_loader = make_loaders(cache_dir, batch_size)
     optimizer = torch.optim.Adam(model.parameters(), lr=lr)
-    for _ in run.epochs(model, optimizer, steps_per_epoch=len(train_loader)):
-        losses = train_one_epoch(model, train_loader, optimizer, device, run.on_step)
-        val_acc = validate(model, val_loader, device)
-        val_acc_eval = validate_in_eval_mode(model, val_loader, device)
-        run.end_epoch(losses, val_acc, val_acc_eval)
+    try:
+        for _ in run.epochs(model, optimizer, steps_per_epoch=len(train_loader)):
+            losses = train_one_epoch(
+                model, train_loader, optimizer, device, run.on_step
+            )
+            val_acc = validate(model, val_loader, device)
+            val_acc_eval = validate_in_eval_mode(model, val_loader, device)
+            run.end_epoch(losses, val_acc, val_acc_eval)
+    except KeyboardInterrupt:
+        run.interrupted()
+        raise
     return run.history
 
 
@@ -989,7 +995,7 @@ def main():
         print(f"error: {error}")
         return 1
     except KeyboardInterrupt:
-        print("Interrupted; the same command continues after the last full epoch.")
+        print("Interrupted; the same command continues.")
         return 130
 
 
