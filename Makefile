@@ -1,7 +1,7 @@
 # Every target is a command of report/make.py, which also works without make:
 # `python report/make.py report` is `make report`.
 PYTHON ?= python3
-TARGETS := setup report notebooks demo test zip bench verify lab readme clean
+TARGETS := setup report notebooks demo test faults zip bench verify lab readme clean
 
 .PHONY: help $(TARGETS)
 help:

@@ -10,12 +10,14 @@ executes nothing. The finished default run lives in ``report/run``; every other 
 and the checkpoints of unfinished ones, in a folder of their own below ``build/runs``.
 """
 
+import contextlib
 import copy
 import datetime
 import hashlib
 import json
 import os
 import platform
+import signal
 import sys
 import tarfile
 import tempfile
@@ -82,16 +84,16 @@ def write_whole(path, content):
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        # Always the same name: what a killed process leaves behind is used again
+        temporary = path.with_name(f".{path.name}.part")
         try:
-            with os.fdopen(handle, "wb") as file:
+            with temporary.open("wb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-            Path(temporary).chmod(0o644)  # mkstemp made it private
             os.replace(temporary, path)
         except BaseException:
-            Path(temporary).unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
             raise
     except OSError as error:
         raise TrainingError(
@@ -287,8 +289,9 @@ def _unpack(archive, cache_dir, folder):
             # patch releases of Python lack it: there the MD5 has to do.
             tar.extraction_filter = getattr(tarfile, "data_filter", None)
             tar.extractall(inside)
+            files = list(Path(inside, folder).iterdir())
             (cache_dir / folder).mkdir(exist_ok=True)
-            for path in Path(inside, folder).iterdir():
+            for path in files:
                 os.replace(path, cache_dir / folder / path.name)
     except (OSError, tarfile.TarError) as error:
         raise TrainingError(
@@ -402,6 +405,7 @@ class Run:
         self.folder = RUNS_FOLDER / name
         self._bar = None
         self._display = None
+        self._interrupted = False
 
     @property
     def is_default(self):
@@ -513,7 +517,7 @@ class Run:
             mininterval=0.5,
             ncols=76,
         )
-        with self._bar:
+        with self._bar, self._ctrl_c_is_kept():
             for epoch in range(done + 1, n_epochs + 1):
                 accs = self.history["val_accs"]
                 accuracy = f", accuracy {accs[-1]:.3f}" if accs else ""
@@ -522,8 +526,32 @@ class Run:
                 yield epoch
         self._store_record()
 
+    @contextlib.contextmanager
+    def _ctrl_c_is_kept(self):
+        """Note an interruption, besides raising it as always.
+
+        Python drops what is raised while it clears up objects, and between epochs
+        torch clears up its worker processes. ``on_step`` then raises it again.
+        """
+
+        def note(*_):
+            self._interrupted = True
+            raise KeyboardInterrupt
+
+        self._interrupted = False
+        if threading.current_thread() is not threading.main_thread():
+            yield  # where no signal arrives, and none can be waited for
+            return
+        before = signal.signal(signal.SIGINT, note)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
     def on_step(self, loss):
         """Show progress; ``loss`` is read only when the display is due."""
+        if self._interrupted:
+            raise KeyboardInterrupt
         if self._bar.update():
             self._bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
 
@@ -595,7 +623,7 @@ class Run:
     def _restore(self):
         """Restore the last good checkpoint; return whether there was one."""
         for candidate in self._checkpoints():
-            if not candidate.exists():
+            if not candidate.is_file():
                 continue
             try:
                 tensors, text = load_tensors(candidate)

@@ -21,6 +21,7 @@ COMMANDS = {
     "notebooks": "execute and store both notebooks as they are; never trains",
     "demo": "everything live in 3 minutes, on generated data, below build/demo",
     "test": "run all tests and the linter",
+    "faults": "provoke all that can go wrong, as a table: 10 minutes",
     "zip": "make dist/Surname-MatriculationNumber.zip, ready for Moodle",
     "bench": "measure speed and memory beside other implementations, 10 minutes",
     "verify": "validate the recorded weights on the test images again",
@@ -205,6 +206,15 @@ def test():
         code = subprocess.run([sys.executable, "-m", *command], check=False).returncode
         if code:
             raise CommandError(f"{command[0]} failed (exit code {code}), see above.")
+
+
+def faults():
+    """Run the tests of what can go wrong, all of them."""
+    table = Path("build", "faults.json")
+    command = [sys.executable, "-m", "pytest", "--quiet", "--faults", str(table)]
+    if wait_for(command):
+        raise CommandError("Not every case is held, see above.")
+    print(f"The table is in {table}, too.")
 
 
 def zip():

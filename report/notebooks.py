@@ -4,6 +4,7 @@ The ``.py`` is the source. A notebook is built from it, executed in a fresh kern
 stored only when every cell succeeded.
 """
 
+import asyncio
 import datetime
 import hashlib
 import os
@@ -27,6 +28,9 @@ from training import processor_name, write_whole
 KERNEL = "python3"
 ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 INJECTED = "injected-parameters"  # papermill's name for it
+MAX_OUTPUT = 20_000_000  # characters of a cell; our largest figure has half a million
+# Neither text nor the colours and bars of a terminal; what could not be decoded
+BINARY = re.compile("[\x00-\x07\x0e-\x1a\x1c-\x1f\x7f\ufffd]")
 
 
 class NotebookError(RuntimeError):
@@ -105,13 +109,27 @@ class _Client(NotebookClient):
 
     current = 0
     finished_lines = 0
+    received = 0
+    problem = ""  # of an output that nobody could read
 
     async def async_execute_cell(self, cell, cell_index, *args, **kwargs):
-        self.current, self.finished_lines = cell_index, 0
-        return await super().async_execute_cell(cell, cell_index, *args, **kwargs)
+        self.current, self.finished_lines, self.received = cell_index, 0, 0
+        result = await super().async_execute_cell(cell, cell_index, *args, **kwargs)
+        if self.problem:
+            raise CellExecutionError("", "", self.problem)
+        return result
 
     def process_message(self, msg, cell, cell_index):
         content = msg["content"]
+        self.received += len(str(content))
+        if self.received > MAX_OUTPUT:
+            if not self.problem:  # nbclient waits for the cell, which may never end
+                self.interrupting = asyncio.ensure_future(self.km.interrupt_kernel())
+            self.problem = f"its output is larger than {MAX_OUTPUT / 1e6:.0f} MB"
+            return None
+        text = content.get("text") or content.get("data", {}).get("text/plain") or ""
+        if BINARY.search(text):
+            self.problem = "it prints binary data, which is no text to show"
         if msg["header"]["msg_type"] == "update_display_data":
             self._show(content["data"].get("text/plain", ""))
         return super().process_message(msg, cell, cell_index)
@@ -140,7 +158,8 @@ def execute(notebook, name, folder, timeout):
         timeout: seconds that a cell may take; None for no limit.
 
     Raises:
-        NotebookError: a cell failed, took too long, or its kernel died.
+        NotebookError: a cell failed, took too long, printed what cannot be shown, or
+            its kernel died.
     """
     client = _Client(
         notebook,
@@ -164,7 +183,7 @@ def execute(notebook, name, folder, timeout):
         raise NotebookError(f"{name}: there is no Jupyter kernel {KERNEL!r}") from error
     except CellExecutionError as error:
         line, text = _failed_line(notebook.cells[client.current], error.traceback)
-        why = ANSI.sub("", f"{error.ename}: {error.evalue}")
+        why = client.problem or ANSI.sub("", f"{error.ename}: {error.evalue}")
         cause = error
     except CellTimeoutError as error:
         line, text = _failed_line(notebook.cells[client.current], "")

@@ -1,5 +1,6 @@
-"""Shared by the tests: where the project is, and a small model and data set."""
+"""Shared by the tests: where the project is, a small model, the table of faults."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -37,6 +38,14 @@ def run_script(name, *arguments, folder=ROOT, timeout=120, **environment):
     )
 
 
+def assert_same_weights(model, other):
+    """Assert that two models hold the same weights, bit for bit."""
+    for (name, a), (_, b) in zip(
+        model.state_dict().items(), other.state_dict().items(), strict=True
+    ):
+        assert torch.equal(a, b), f"{name} differs"
+
+
 @pytest.fixture
 def demo_data(monkeypatch):
     """Few generated images instead of CIFAR-10."""
@@ -62,3 +71,64 @@ def project(tmp_path):
     ignored = shutil.ignore_patterns("*.pdf", "__pycache__")
     shutil.copytree(ROOT / "report", folder / "report", ignore=ignored)
     return folder
+
+
+# --- `make faults`: the tests marked fault(row), the slow ones included, as a table ---
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--faults",
+        metavar="FILE",
+        help="only the tests marked fault, slow ones too; write their table to FILE",
+    )
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "fault(row): a case of the table of faults")
+    config.addinivalue_line("markers", "slow: only in `make faults`")
+
+
+def pytest_collection_modifyitems(config, items):
+    left_out = []
+    for item in items:
+        fault = item.get_closest_marker("fault")
+        if fault:
+            item.user_properties.append(("fault", fault.args[0]))
+        unwanted = (
+            not fault if config.option.faults else item.get_closest_marker("slow")
+        )
+        if unwanted:
+            left_out.append(item)
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if not config.option.faults:
+        return
+    rows = {}
+    for outcome, results in terminalreporter.stats.items():
+        for result in results:
+            properties = dict(getattr(result, "user_properties", ()))
+            known = outcome in ("passed", "failed", "error", "skipped")
+            if not known or "fault" not in properties:
+                continue
+            row = rows.setdefault(
+                properties["fault"], {"tried": 0, "held": 0, "skipped": 0}
+            )
+            # A test of many cases tells how many it tried, as "cases"
+            cases = properties.get("cases", 1)
+            if outcome == "skipped":
+                row["skipped"] += 1
+            elif result.when != "teardown":
+                row["tried"] += cases
+                row["held"] += cases * (outcome == "passed")
+    write = terminalreporter.write_line
+    write(f"\n{'case':<36}{'tried':>8}{'held':>8}{'skipped':>9}")
+    for name, row in sorted(rows.items()):
+        write(f"{name:<36}{row['tried']:>8}{row['held']:>8}{row['skipped']:>9}")
+    path = Path(config.option.faults)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(rows, indent=1, sort_keys=True) + "\n", "utf-8")

@@ -6,6 +6,8 @@ import pytest
 
 from report.identity import IdentityError, check_student, read_student
 
+pytestmark = pytest.mark.fault("identity")
+
 KEPT = [
     ("Müller", "Müller"),
     ("Mu\u0308ller", "Müller"),  # NFD

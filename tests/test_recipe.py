@@ -6,7 +6,7 @@ import textwrap
 import pytest
 import torch
 import torchvision
-from conftest import ROOT, run_script, small_model
+from conftest import ROOT, assert_same_weights, run_script, small_model
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 from torchvision import transforms as T
@@ -71,13 +71,6 @@ def plain_loop(n_epochs):
                 correct += (model(images).argmax(dim=1) == labels).sum().item()
         accuracies.append(correct / len(val_loader.dataset))
     return model, losses, accuracies
-
-
-def assert_same_weights(model, other):
-    for (name, a), (_, b) in zip(
-        model.state_dict().items(), other.state_dict().items(), strict=True
-    ):
-        assert torch.equal(a, b), f"{name} differs"
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")

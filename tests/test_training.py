@@ -128,6 +128,7 @@ def only_files(folder):
 GOOD = ["cifar-10-batches-py/data_batch_1", training.ARCHIVE_NAME]
 
 
+@pytest.mark.fault("download")
 @pytest.mark.parametrize("manner", ["good", "moved"])
 def test_a_good_source_is_fetched_and_unpacked(server, tmp_path, manner):
     training.fetch(TinyCIFAR10, tmp_path / "data", [server(manner)])
@@ -135,6 +136,7 @@ def test_a_good_source_is_fetched_and_unpacked(server, tmp_path, manner):
     training.fetch(TinyCIFAR10, tmp_path / "data", ["nothing is fetched twice"])
 
 
+@pytest.mark.fault("download")
 @pytest.mark.parametrize(
     ("manner", "said"),
     [
@@ -155,6 +157,7 @@ def test_a_bad_source_is_left_for_the_next(server, tmp_path, capsys, manner, sai
     assert said.lower() in capsys.readouterr().out.lower()
 
 
+@pytest.mark.fault("download")
 def test_when_all_sources_fail_one_message_says_what_to_do(server, tmp_path):
     sources = [server("missing"), server("cut"), "http://127.0.0.1:1/refused"]
     with pytest.raises(TrainingError) as caught:
@@ -165,6 +168,7 @@ def test_when_all_sources_fail_one_message_says_what_to_do(server, tmp_path):
     assert only_files(tmp_path) == []
 
 
+@pytest.mark.fault("download")
 def test_dead_sources_cost_no_more_than_they_are_watched(server, tmp_path):
     manners = ["silent", "slow_headers", "trickle", "silent"]
     start = time.monotonic()
@@ -175,6 +179,7 @@ def test_dead_sources_cost_no_more_than_they_are_watched(server, tmp_path):
     assert only_files(tmp_path) == []
 
 
+@pytest.mark.fault("download")
 def test_a_host_name_that_never_resolves_is_given_up(server, tmp_path, monkeypatch):
     asked = threading.Event()
 
@@ -191,22 +196,26 @@ def test_a_host_name_that_never_resolves_is_given_up(server, tmp_path, monkeypat
         asked.set()
 
 
+@pytest.mark.fault("download")
 def test_all_real_sources_dead_cost_less_than_a_minute():
     assert len(training.SOURCES) * (training.WATCH_SECONDS + 1) < 60
 
 
+@pytest.mark.fault("data missing or corrupt")
 def test_an_archive_put_there_by_hand_is_unpacked(server, tmp_path):
     (tmp_path / training.ARCHIVE_NAME).write_bytes(ARCHIVE)
     training.fetch(TinyCIFAR10, tmp_path, [])
     assert training.is_present(TinyCIFAR10, tmp_path)
 
 
+@pytest.mark.fault("data missing or corrupt")
 def test_a_broken_archive_is_named(server, tmp_path):
     (tmp_path / training.ARCHIVE_NAME).write_bytes(ARCHIVE[:-1])
     with pytest.raises(TrainingError, match="wrong MD5, so it is incomplete"):
         training.fetch(TinyCIFAR10, tmp_path, [])
 
 
+@pytest.mark.fault("data missing or corrupt")
 def test_a_damaged_file_is_not_present_and_repaired(server, tmp_path):
     training.fetch(TinyCIFAR10, tmp_path, [server("good")])
     file = tmp_path / GOOD[0]
@@ -229,6 +238,7 @@ def test_members_that_would_land_outside_are_refused(tmp_path):
 # --- Files ---------------------------------------------------------------------------
 
 
+@pytest.mark.fault("damaged checkpoint or record")
 def test_tensors_come_back_and_damage_is_noticed(tmp_path):
     path = tmp_path / "x.safetensors"
     tensors = {"a": torch.randn(3, 4), "b": torch.arange(5), "c": torch.tensor(1.5)}
@@ -291,6 +301,7 @@ def load(model, n_epochs=1):
     return Run("CIFAR10", 16, 1e-3, n_epochs, 0, CPU).load_record(model)
 
 
+@pytest.mark.fault("damaged checkpoint or record")
 def test_a_record_of_another_architecture_is_refused(workplace):
     run = finish_run(small_model())
     assert load(small_model(seed=1))
@@ -331,6 +342,7 @@ def test_without_a_record_it_says_so(workplace):
     assert run.summary().startswith("There is no finished run on CIFAR10 with batch")
 
 
+@pytest.mark.fault("damaged checkpoint or record")
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(
     workplace, capsys, monkeypatch
 ):
