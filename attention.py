@@ -429,6 +429,107 @@ def errors_against_torch(layer, x, dtype):
 # would not shrink at all.
 
 # %% [markdown]
+# ## Why divide by $\sqrt{d_k}$?
+#
+# If the entries of a query and a key are independent, with mean 0 and variance 1,
+# then their product is a sum of $d_k$ terms with mean 0 and variance 1:
+#
+# $$\operatorname{Var}(q \cdot k) = \sum_{i=1}^{d_k} \operatorname{Var}(q_i k_i) = d_k$$
+#
+# Without the division the logits grow with the size of the heads, the softmax turns
+# into a maximum, and hardly any gradient passes through it. The measurement below
+# draws queries and keys at random and looks at both: how far the logits scatter, and
+# how many tokens a row of attention weights really spreads over, by its entropy
+# $-\sum_j w_j \ln w_j$, which is $\ln L$ when all $L$ tokens count alike and 0 when
+# only one does.
+
+
+# %%
+def measure_scaling(head_dims, num_tokens=64, num_queries=4096):
+    """Measure what the division by sqrt(d_k) does to logits and attention weights.
+
+    Args:
+        head_dims: the sizes d_k to try.
+        num_tokens: keys L that each query is compared with.
+        num_queries: queries to average over.
+
+    Returns:
+        A dict with the keys ``True`` (scaled) and ``False`` (not scaled); each holds
+        two lists, one entry per size: the standard deviation of the logits, and the
+        mean entropy of the attention weights, in nats.
+    """
+    generator = torch.Generator().manual_seed(0)
+    measured = {True: ([], []), False: ([], [])}
+    for head_dim in head_dims:
+        q = torch.randn(num_queries, head_dim, generator=generator)
+        k = torch.randn(num_tokens, head_dim, generator=generator)
+        for scaled, (deviations, entropies) in measured.items():
+            logits = q @ k.T / (math.sqrt(head_dim) if scaled else 1)
+            log_weights = logits.log_softmax(dim=-1)
+            entropy = -(log_weights.exp() * log_weights).sum(dim=-1)
+            deviations.append(logits.std().item())
+            entropies.append(entropy.mean().item())
+    return measured
+
+
+def plot_scaling(head_dims, measured, num_tokens=64):
+    """Plot what ``measure_scaling`` found.
+
+    Args:
+        head_dims: the sizes d_k.
+        measured: the result of ``measure_scaling``.
+        num_tokens: keys L that each query was compared with.
+
+    Returns:
+        The matplotlib figure.
+    """
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(8, 3), layout="constrained")
+    curves = [
+        (True, r"divided by $\sqrt{d_k}$", "o-", "#0072B2"),
+        (False, "not divided", "s--", "#D55E00"),
+    ]
+    for scaled, label, style, color in curves:
+        for ax, values in zip(axes, measured[scaled]):
+            ax.plot(head_dims, values, style, color=color, label=label)
+    law = [math.sqrt(head_dim) for head_dim in head_dims]
+    axes[0].plot(head_dims, law, ":", color="0.3", label=r"law $\sqrt{d_k}$")
+    axes[0].set(yscale="log", ylabel="standard deviation of the logits")
+    even = math.log(num_tokens)
+    axes[1].axhline(even, linestyle=":", color="0.3", label=r"even, $\ln L$")
+    axes[1].set(ylabel="entropy of a row / nats", ylim=(0, 1.15 * even))
+    for ax in axes:
+        ax.set(xscale="log", xlabel="size of a head $d_k$")
+        ax.set_xticks(head_dims, [str(head_dim) for head_dim in head_dims])
+        ax.minorticks_off()
+        ax.grid(alpha=0.3)
+        ax.legend(fontsize=8)
+    return figure
+
+
+# %% tags=["active-ipynb"]
+# head_dims = [4, 16, 64, 256, 1024]
+# measured = measure_scaling(head_dims)
+# plot_scaling(head_dims, measured);
+
+# %% [markdown] tags=["caption"]
+# **Figure.** Random queries and 64 random keys with and without the division by
+# $\sqrt{d_k}$: standard deviation of the logits (left) and mean entropy of the
+# attention weights of a query (right) against the size of a head.
+# <!-- label: fig-scaling -->
+# <!-- alt: Two plots against the size of a head from 4 to 1024. With the division the
+# deviation of the logits stays at one and the entropy just below that of even
+# weights; without it the deviation follows the square root law, and the entropy
+# falls to nearly zero. -->
+
+# %% [markdown]
+# With the division, a head of any size starts out with the same logits, so the size
+# can be chosen freely. Without it, large heads attend to hardly more than a single
+# token before anything is learned. Independence and unit variance hold for random
+# weights; trained heads are free to grow their logits.
+
+# %% [markdown]
 # ## What the heads look at
 #
 # A freshly initialised layer attends almost evenly. To see attention at work, the

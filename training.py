@@ -6,8 +6,9 @@ run. Nothing here knows the model or the recipe.
 
 A run is stored in two files: ``history.json``, everything that was measured, and
 ``vision_transformer.safetensors``, the weights. Both are plain data: reading them
-executes nothing. The finished default run lives in ``report/run``; every other run,
-and the checkpoints of unfinished ones, in a folder of their own below ``build/runs``.
+executes nothing. The finished default run lives in ``report/run``, the finished quick
+run in ``report/quick``; every other run, and the checkpoints of unfinished ones, in a
+folder of their own below ``build/runs``.
 """
 
 import contextlib
@@ -42,12 +43,16 @@ DEFAULTS = {
     "n_epochs": 50,
     "seed": 0,
 }
-RECORD_FOLDER = Path("report", "run")
+# The fewest epochs to 70 %, for those without a GPU: `make report PRESET=quick`
+QUICK = {**DEFAULTS, "batch_size": 64, "lr": 3e-4, "n_epochs": 12}
+PRESETS = {"default": DEFAULTS, "quick": QUICK}
+RECORD_FOLDERS = {"default": Path("report", "run"), "quick": Path("report", "quick")}
 RUNS_FOLDER = Path("build", "runs")
 HISTORY_NAME = "history.json"
 WEIGHTS_NAME = "vision_transformer.safetensors"
 CHECKPOINT_NAME = "checkpoint.safetensors"
 PROBE_TOLERANCE = 1e-3
+FIRST_STEPS, TIMED_STEPS = 5, 25  # of a process: warming up, and telling how long
 FORMAT = 1  # of what is stored; raise it when older files can no longer be read
 
 ARCHIVE_NAME = "cifar-10-python.tar.gz"
@@ -340,6 +345,17 @@ def _in_kernel():
 # --- Runs ----------------------------------------------------------------------------
 
 
+def handed_in():
+    """Return the name of the preset whose run is handed in.
+
+    That is the default run, and the quick one while only that is recorded.
+    """
+    for name, folder in RECORD_FOLDERS.items():
+        if (folder / HISTORY_NAME).is_file():
+            return name
+    return "default"
+
+
 @torch.no_grad()
 def probe(model):
     """Return what a model answers to four seeded images, on the CPU in float32.
@@ -408,15 +424,12 @@ class Run:
         self._interrupted = False
 
     @property
-    def is_default(self):
-        """Whether this is the run that the exercise asks for."""
-        return self.settings == DEFAULTS
-
-    @property
     def record_folder(self):
         """Where the record of this run belongs once it is finished."""
-        in_project = self.is_default and RECORD_FOLDER.parent.is_dir()
-        return RECORD_FOLDER if in_project else self.folder
+        for name, folder in RECORD_FOLDERS.items():
+            if self.settings == PRESETS[name] and folder.parent.is_dir():
+                return folder
+        return self.folder
 
     def find_record(self):
         """Look for the record of this run, finished.
@@ -538,7 +551,7 @@ class Run:
             self._interrupted = True
             raise KeyboardInterrupt
 
-        self._interrupted = False
+        self._interrupted, self._steps = False, 0
         if threading.current_thread() is not threading.main_thread():
             yield  # where no signal arrives, and none can be waited for
             return
@@ -552,6 +565,15 @@ class Run:
         """Show progress; ``loss`` is read only when the display is due."""
         if self._interrupted:
             raise KeyboardInterrupt
+        self._steps += 1
+        if self._steps == FIRST_STEPS:
+            self._first = time.perf_counter()
+        elif self._steps == TIMED_STEPS:
+            seconds = (time.perf_counter() - self._first) / (TIMED_STEPS - FIRST_STEPS)
+            hours = seconds * (self._bar.total - self._bar.n) / 3600
+            self._say(
+                f"About {hours:.1f} hours of training are to come on this machine."
+            )
         if self._bar.update():
             self._bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
 

@@ -59,78 +59,39 @@ def default():
     return ours.VisionTransformer()
 
 
-def linear_layers(model):
-    return [module for module in model.modules() if isinstance(module, nn.Linear)]
+def pytorch():
+    """All linear layers as PyTorch initialises them."""
+    model = default()
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.reset_parameters()
+    return model
+
+
+@torch.no_grad()
+def loud_patches():
+    """PyTorch's initialisation, with a patch embedding that positions do not drown."""
+    model = pytorch()
+    model.patch_embedding.weight.mul_(ours.PATCH_GAIN)
+    return model
 
 
 @torch.no_grad()
 def xavier():
-    """Glorot and Bengio (2010), uniform, biases zero: as in the authors' code."""
+    """Xavier-uniform weights, the patch embedding no louder than the rest."""
     model = default()
-    for layer in linear_layers(model):
-        nn.init.xavier_uniform_(layer.weight)
-        if layer.bias is not None:
-            nn.init.zeros_(layer.bias)
-    return model
-
-
-@torch.no_grad()
-def lecun():
-    """Variance 1 / fan-in everywhere, biases zero."""
-    model = default()
-    for layer in linear_layers(model):
-        nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
-        if layer.bias is not None:
-            nn.init.zeros_(layer.bias)
-    return model
-
-
-@torch.no_grad()
-def narrow():
-    """Truncated normal of standard deviation 0.02, as in BERT."""
-    model = default()
-    for layer in linear_layers(model):
-        nn.init.trunc_normal_(layer.weight, std=0.02)
-        if layer.bias is not None:
-            nn.init.zeros_(layer.bias)
-    return model
-
-
-@torch.no_grad()
-def loud_patches(scale=3.0):
-    """PyTorch's default, with a patch embedding that positions do not drown."""
-    model = default()
-    model.patch_embedding.weight.mul_(scale)
-    return model
-
-
-@torch.no_grad()
-def xavier_loud_patches():
-    """Both of the two above."""
-    model = xavier()
-    model.patch_embedding.weight.mul_(3)
-    return model
-
-
-@torch.no_grad()
-def quiet_branches():
-    """PyTorch's default; the last layer of every residual branch starts at zero."""
-    model = default()
-    for block in model.blocks:
-        block.attention.inner_module[1].out.weight.zero_()
-        block.feed_forward.inner_module[1].layers[3].weight.zero_()
-        block.feed_forward.inner_module[1].layers[3].bias.zero_()
+    model.patch_embedding.weight.div_(ours.PATCH_GAIN)
     return model
 
 
 @torch.no_grad()
 def mimetic():
-    """PyTorch's default with attention that begins as trained attention looks.
+    """PyTorch's initialisation, but attention begins as trained attention looks.
 
     Trockman and Kolter (2023), "Mimetic Initialization of Self-Attention Layers":
     per head W_Q W_K^T is near 0.7 Z + 0.7 I, and W_V W_O near 0.4 Z - 0.4 I.
     """
-    model = default()
+    model = pytorch()
     for block in model.blocks:
         layer = block.attention.inner_module[1]
         size, rank = layer.embed_dim, layer.head_dim
@@ -147,22 +108,80 @@ def mimetic():
     return model
 
 
+def no_positions():
+    """No positional embedding, neither for patches nor for the class token."""
+    model = default()
+    for position in (model.position_embedding, model.class_position):
+        nn.init.zeros_(position)
+        position.requires_grad_(False)
+    return model
+
+
+def one_head():
+    return ours.VisionTransformer(n_heads=1)
+
+
+def patch_2():
+    return ours.VisionTransformer(patch_size=2)
+
+
+def patch_8():
+    return ours.VisionTransformer(patch_size=8)
+
+
+def no_dropout():
+    return ours.VisionTransformer(p_dropout=0.0)
+
+
+class PostNorm(nn.Module):
+    """A residual connection with the layer norm behind it, as in Vaswani et al."""
+
+    def __init__(self, residual):
+        super().__init__()
+        self.norm, self.inner_module = residual.inner_module
+
+    def forward(self, x):
+        return self.norm(x + self.inner_module(x))
+
+
+class PostNormViT(ours.VisionTransformer):
+    """Layer norm behind each residual connection instead of in front of each layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.Sequential(
+            *(
+                nn.Sequential(PostNorm(block.attention), PostNorm(block.feed_forward))
+                for block in self.blocks
+            )
+        )
+        self.norm = nn.Identity()  # the last block normalises already
+
+    def forward(self, x):
+        class_token = (self.class_token + self.class_position).expand(len(x), -1, -1)
+        x = self.blocks(torch.cat([class_token, self.patchify(x)], dim=1))
+        return self.head(x[:, 0])
+
+
+def post_norm():
+    return PostNormViT()
+
+
 # --- Running -------------------------------------------------------------------------
 
 SHORT = {"batch_size": 64, "epochs": 2, "images": 15_000}
+ABLATIONS = "default no_positions one_head patch_8 no_dropout post_norm patch_2"
 TRIALS = [
-    Trial("init", "default", **SHORT),
+    Trial("init", "pytorch", make="pytorch", **SHORT),
     Trial("init", "mimetic", make="mimetic", **SHORT),
     Trial("init", "loud patches", make="loud_patches", **SHORT),
     Trial("init", "xavier", make="xavier", **SHORT),
-    Trial("init", "xavier, loud patches", make="xavier_loud_patches", **SHORT),
-    Trial(
-        "settings",
-        "batch 32, lr 3e-4",
-        make="xavier_loud_patches",
-        **{**SHORT, "batch_size": 32},
+    Trial("init", "xavier, loud patches", make="default", **SHORT),
+    Trial("settings", "batch 32, lr 3e-4", **{**SHORT, "batch_size": 32}),
+    *(
+        Trial("ablation", make.replace("_", " "), make=make, **SHORT)
+        for make in ABLATIONS.split()
     ),
-    Trial("init", "lecun", make="lecun", **SHORT),
 ]
 
 
@@ -226,11 +245,7 @@ def main():
     arguments = parser.parse_args()
     fetch(CIFAR10, arguments.cache_dir)
     device = ours.choose_device()
-    import os
-
-    lane = int(os.environ.get("LANE", 0))
-    TR = TRIALS[lane::2] if "LANE" in os.environ else TRIALS
-    for trial in TR:
+    for trial in TRIALS:
         if trial.path.exists() or trial.group not in (
             arguments.groups or [trial.group]
         ):

@@ -1,8 +1,9 @@
 """The commands that execute notebooks and make reports from them.
 
-Only a finished default run, whose record lies in ``report/run``, may change the
-notebooks that are tracked and the report that is handed in. Everything else is written
-below ``build/``. The exception is ``store_notebooks``, for whoever edits the scripts.
+Only the finished run that is handed in may change the tracked notebooks and the report:
+the default run, recorded in ``report/run``, or while there is none the quick one, in
+``report/quick``. Everything else is written below ``build/``. The exception is
+``store_notebooks``, for whoever edits the scripts.
 """
 
 import json
@@ -19,9 +20,11 @@ from report.pdf import make_pdf, make_picture, use_system_fonts
 from training import (
     DEFAULTS,
     HISTORY_NAME,
+    PRESETS,
     Run,
     TrainingError,
     fetch,
+    handed_in,
     read_history,
     write_whole,
 )
@@ -150,7 +153,7 @@ def report(settings, student):
     except TrainingError as error:
         print(f"{error}\n")
         how[TRANSFORMER] = _recorded_outputs()
-        settings = DEFAULTS
+        settings = PRESETS[handed_in()]
     else:
         if not trained:
             print(
@@ -159,18 +162,18 @@ def report(settings, student):
                 f"learning rate {settings['lr']:g}."
             )
         executed = _execute(TRANSFORMER, RUN_CELL.format(**settings))
-        if settings == DEFAULTS:
+        if settings == PRESETS[handed_in()]:
             notebooks.remove_injected(executed)
         _show_record(executed, settings)
         how[TRANSFORMER] = executed, LIVE
 
     live = how[TRANSFORMER][1] == LIVE
-    if settings == DEFAULTS and _has_record(settings):
+    if settings == PRESETS[handed_in()] and _has_record(settings):
         folder, target = Path(), Path("report", f"{student.stem}.pdf")
     else:
         folder = BUILD / "report" / (_run(settings).folder.name if live else "no-data")
         target = folder / f"{student.stem}.pdf"
-        print(f"This is not the finished default run: all of it is below {folder}.")
+        print(f"This is not the run that is handed in: all of it is below {folder}.")
     _make_report(how, settings, student, folder, target)
 
 
@@ -197,13 +200,14 @@ def store_notebooks():
         NotebookError: a cell failed; neither notebook is changed.
         TrainingError: there is a record, but not the data to validate it again.
     """
-    if _has_record(DEFAULTS):
+    shown = PRESETS[handed_in()]
+    if _has_record(shown):
         fetch(CIFAR10, "data")
     executed = {
         ATTENTION: _execute(ATTENTION, timeout=ATTENTION_SECONDS),
         TRANSFORMER: _execute(TRANSFORMER),
     }
-    _show_record(executed[TRANSFORMER], DEFAULTS)
+    _show_record(executed[TRANSFORMER], shown)
     for path, notebook in executed.items():
         notebooks.store(notebook, path)
 
@@ -216,7 +220,7 @@ def readme(student):
     """
     paths = [ATTENTION, TRANSFORMER]
     how = {path: (nbformat.read(path, as_version=4), LIVE) for path in paths}
-    run = _run(DEFAULTS)
+    run = _run(PRESETS[handed_in()])
     history = run.record_folder / HISTORY_NAME
     rows = [*_provenance(how), ["training", _training_row(run, history)]]
     make_picture(paths, history, student, rows, Path("report", "first-page.png"))

@@ -14,10 +14,11 @@ import nbformat
 from report.notebooks import checksum, differences
 from report.pdf import DEMO_KEYWORD, DRAFT_KEYWORD, fingerprint, keywords
 from training import (
-    DEFAULTS,
     HISTORY_NAME,
-    RECORD_FOLDER,
+    PRESETS,
+    RECORD_FOLDERS,
     WEIGHTS_NAME,
+    handed_in,
     read_history,
     write_whole,
 )
@@ -132,17 +133,18 @@ def _check_notebook(script, notebook):
 
 
 def _check_record(weights):
-    path = RECORD_FOLDER / HISTORY_NAME
+    preset = handed_in()
+    path = RECORD_FOLDERS[preset] / HISTORY_NAME
     if not path.is_file():
         raise BundleError(
             f"{path.as_posix()} is missing: there is no finished run with the recipe's "
             "parameters; `make report` trains it"
         )
     history = read_history(path)
-    if any(history.get(key) != value for key, value in DEFAULTS.items()):
+    if any(history.get(key) != value for key, value in PRESETS[preset].items()):
         raise BundleError(
-            f"{path.as_posix()} is not the record of a run with the recipe's "
-            "parameters: restore it, or delete it and run `make report`"
+            f"{path.as_posix()} is not the record of the {preset} run: restore it, or "
+            "delete it and run `make report`"
         )
     shown = nbformat.read(NOTEBOOKS[1], as_version=4).metadata["provenance"]
     if shown.get("record") != checksum(path):
@@ -150,7 +152,7 @@ def _check_record(weights):
             f"{NOTEBOOKS[1]} does not show the run in {path.as_posix()}: run "
             "`make report` where the data set is, or can be fetched"
         )
-    weights_path = RECORD_FOLDER / WEIGHTS_NAME
+    weights_path = path.with_name(WEIGHTS_NAME)
     if weights and checksum(weights_path) != history.get("weights_sha256"):
         raise BundleError(
             f"{weights_path.as_posix()} is missing, or not that of the record: leave "
@@ -159,7 +161,8 @@ def _check_record(weights):
 
 
 def _check_fresh(pdf, student):
-    made_of = fingerprint(NOTEBOOKS, RECORD_FOLDER / HISTORY_NAME, student)
+    history = RECORD_FOLDERS[handed_in()] / HISTORY_NAME
+    made_of = fingerprint(NOTEBOOKS, history, student)
     if made_of not in keywords(pdf):
         raise BundleError(
             f"{pdf.as_posix()} is outdated, it was not made of the present notebooks, "
@@ -170,9 +173,10 @@ def _check_fresh(pdf, student):
 def _members(student, pdf, weights):
     """Return what goes into the ZIP, as a dict from name to bytes."""
     files = [*SCRIPTS, *NOTEBOOKS, Path("training.py"), pdf]
-    files.append(RECORD_FOLDER / HISTORY_NAME)
+    record = RECORD_FOLDERS[handed_in()]
+    files.append(record / HISTORY_NAME)
     if weights:
-        files.append(RECORD_FOLDER / WEIGHTS_NAME)
+        files.append(record / WEIGHTS_NAME)
     members = {path.name: path.read_bytes() for path in files}
     readme = README.format(stem=student.stem, history=HISTORY_NAME)
     members["README.txt"] = (readme + (VERIFY if weights else "")).encode()

@@ -33,6 +33,7 @@ OPTIONS = {
     "SURNAME": "your name, instead of the one in report/student.toml",
     "GIVEN_NAME": "likewise",
     "MATRICULATION": "your matriculation number, likewise",
+    "PRESET": "report: default (50 epochs) or quick (few, for those without a GPU)",
     "EPOCHS": "report: train another run than the recipe's; all of it below build/",
     "BATCH_SIZE": "report: likewise",
     "LR": "report: likewise",
@@ -145,8 +146,20 @@ def _number(name, kind, default):
 
 def settings():
     """Return the settings of the run that the command line asks for."""
-    from training import DEFAULTS
+    from training import DEFAULTS, PRESETS, handed_in
 
+    own = [name for name in ("BATCH_SIZE", "LR", "EPOCHS") if os.environ.get(name)]
+    preset = os.environ.get("PRESET") or ("default" if own else handed_in())
+    if preset not in PRESETS:
+        raise CommandError(
+            f"PRESET must be one of {', '.join(PRESETS)}, got {preset!r}."
+        )
+    if os.environ.get("PRESET") and own:
+        raise CommandError(
+            f"PRESET={preset} fixes what {' and '.join(own)} would set: give either."
+        )
+    if not own:
+        return dict(PRESETS[preset])
     return {
         **DEFAULTS,
         "batch_size": _number("BATCH_SIZE", int, DEFAULTS["batch_size"]),

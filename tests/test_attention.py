@@ -10,6 +10,7 @@ from attention import (
     SelfAttention2d,
     check_against_torch,
     errors_against_torch,
+    measure_scaling,
     saved_for_backward,
     structured_grid,
 )
@@ -228,3 +229,14 @@ def test_the_structured_grid_shows_in_the_attention():
     disc = regions.flatten() == 1
     inside = (weights[0] * same).sum(-1)[:, disc]
     assert inside.mean() > 0.9
+
+
+def test_scaled_logits_keep_their_deviation_and_the_softmax_its_breadth():
+    measured = measure_scaling([4, 64, 1024])
+    deviations, entropies = measured[True]
+    assert all(abs(deviation - 1) < 0.1 for deviation in deviations)
+    assert min(entropies) > 0.8 * math.log(64)
+    deviations, entropies = measured[False]
+    for deviation, law in zip(deviations, (2, 8, 32), strict=True):
+        assert abs(deviation / law - 1) < 0.1
+    assert entropies[-1] < 0.3

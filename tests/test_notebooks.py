@@ -80,7 +80,7 @@ def test_every_picture_has_a_caption_with_label_and_alternative_text(name):
         assert following.metadata.get("tags") == ["caption"]
         for part in ("**Figure.**", "<!-- label: fig-", "<!-- alt: "):
             assert part in following.source
-    assert plots == 2
+    assert plots >= 2
 
 
 def test_a_cell_by_itself_lints():

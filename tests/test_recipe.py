@@ -179,7 +179,7 @@ def test_default_parameters_are_the_recipe():
         50,
     )
     run = training.Run("CIFAR10", v.BATCH_SIZE, v.LR, v.N_EPOCHS, v.SEED, CPU)
-    assert run.is_default
+    assert run.settings == training.DEFAULTS
 
 
 def test_training_works_where_workers_are_spawned(workplace):

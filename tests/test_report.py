@@ -116,7 +116,7 @@ def test_drafts_and_demos_are_marked(tmp_path):
 def ready(project, monkeypatch):
     """A project with a finished default run (not trained) and the PDF made of it."""
     monkeypatch.chdir(project)
-    shutil.rmtree(project / training.RECORD_FOLDER, ignore_errors=True)
+    shutil.rmtree(project / training.RECORD_FOLDERS["default"], ignore_errors=True)
     torch.manual_seed(0)
     model = VisionTransformer()
     defaults = {**training.DEFAULTS, "device": torch.device("cpu")}
@@ -132,14 +132,14 @@ def ready(project, monkeypatch):
 def show_record():
     """Let the stored notebook claim to show the record, as an executed one does."""
     notebook = nbformat.read("vision_transformer.ipynb", as_version=4)
-    history = training.RECORD_FOLDER / "history.json"
+    history = training.RECORD_FOLDERS["default"] / "history.json"
     notebook.metadata["provenance"]["record"] = notebooks.checksum(history)
     nbformat.write(notebook, "vision_transformer.ipynb")
 
 
 def make_report(project, student=STUDENT, demo=False):
     target = project / "report" / f"{student.stem}.pdf"
-    history = training.RECORD_FOLDER / "history.json"
+    history = training.RECORD_FOLDERS["default"] / "history.json"
     pdf.make_pdf(bundle.NOTEBOOKS, history, student, ROWS, target, demo=demo)
 
 
@@ -215,7 +215,7 @@ def test_the_unpacked_zip_works_alone(ready, tmp_path):
 def test_what_is_not_ready_is_refused(ready, spoil, said):
     student = STUDENT
     made = ready / "report" / f"{STUDENT.stem}.pdf"
-    history = ready / training.RECORD_FOLDER / "history.json"
+    history = ready / training.RECORD_FOLDERS["default"] / "history.json"
     notebook = nbformat.read("attention.ipynb", as_version=4)
     if spoil == "placeholder":
         student = DRAFT
@@ -358,7 +358,7 @@ def test_without_data_the_report_takes_recorded_outputs(project):
     first = " ".join(text_of(made)[0].split())
     assert "vision_transformer.ipynb outputs as recorded" in first
     assert "attention.ipynb executed live" in first
-    if not (project / training.RECORD_FOLDER / "history.json").is_file():
+    if not (project / training.RECORD_FOLDERS["default"] / "history.json").is_file():
         assert "build" in made.relative_to(project).parts
         for name, content in before.items():
             assert (project / name).read_bytes() == content

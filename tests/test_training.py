@@ -392,7 +392,7 @@ def test_the_default_run_goes_to_its_place_in_the_project(workplace):
     run = Run("CIFAR10", 128, 3e-4, 50, 0, CPU)
     assert run.record_folder == run.folder
     (workplace / "report").mkdir()
-    assert run.record_folder == training.RECORD_FOLDER
+    assert run.record_folder == training.RECORD_FOLDERS["default"]
     other = Run("DemoCIFAR10", 128, 3e-4, 50, 0, CPU)
     assert other.record_folder == other.folder
 
