@@ -93,7 +93,10 @@ def choose_device():
 
 
 # %% tags=["active-ipynb"]
+# import matplotlib.pyplot as plt
+#
 # %config InlineBackend.figure_formats = ["svg", "png"]
+# plt.rcParams["font.size"] = 9  # as the captions of the report
 # device = choose_device()
 # print(f"torch {torch.__version__} on {device}")
 
@@ -282,7 +285,7 @@ class SelfAttention2d(SelfAttention):
 # transposed weight all show up here, although they leave every shape intact.
 
 
-# %%
+# %% tags=["appendix"]
 def torch_twin(layer):
     """Return an ``nn.MultiheadAttention`` that holds the weights of ``layer``.
 
@@ -384,7 +387,7 @@ if __name__ == "__main__":
 # output, with respect to the input), in single and in double precision.
 
 
-# %%
+# %% tags=["appendix"]
 def errors_against_torch(layer, x, dtype):
     """Return the largest absolute differences from PyTorch's layer.
 
@@ -444,7 +447,7 @@ def errors_against_torch(layer, x, dtype):
 # only one does.
 
 
-# %%
+# %% tags=["appendix"]
 def measure_scaling(head_dims, num_tokens=64, num_queries=4096):
     """Measure what the division by sqrt(d_k) does to logits and attention weights.
 
@@ -485,7 +488,7 @@ def plot_scaling(head_dims, measured, num_tokens=64):
     """
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(8, 3), layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(6.4, 2.6), layout="constrained")
     curves = [
         (True, r"divided by $\sqrt{d_k}$", "o-", "#0072B2"),
         (False, "not divided", "s--", "#D55E00"),
@@ -539,7 +542,7 @@ def plot_scaling(head_dims, measured, num_tokens=64):
 # are alike. Nothing is trained here.
 
 
-# %%
+# %% tags=["appendix"]
 def structured_grid(side=16, embed_dim=256, seed=0):
     """Make a grid of tokens with three regions.
 
@@ -586,7 +589,7 @@ def plot_attention_maps(regions, weights, queries, heads):
     figure, axes = plt.subplots(
         len(queries),
         len(heads) + 1,
-        figsize=(2 * (len(heads) + 1) + 1, 2 * len(queries) + 0.4),
+        figsize=(1.4 * (len(heads) + 1) + 0.8, 1.5 * len(queries) + 0.3),
         squeeze=False,
         layout="constrained",
     )
@@ -642,7 +645,7 @@ def plot_attention_maps(regions, weights, queries, heads):
 # the time of a forward pass, and the memory that it keeps for the backward pass.
 
 
-# %%
+# %% tags=["appendix"]
 def saved_for_backward(layer, x):
     """Return the bytes that a forward pass of ``layer`` keeps for its backward pass.
 
@@ -711,7 +714,7 @@ def plot_cost(tokens, seconds, kept):
     """
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(8, 3), layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(6.4, 2.6), layout="constrained")
     series = [
         ([1e3 * s for s in seconds], "forward pass / ms"),
         ([size / 2**20 for size in kept], "kept for backward / MiB"),

@@ -66,7 +66,12 @@ from attention import (
 )
 
 # %% tags=["active-ipynb"]
+# import matplotlib.pyplot as plt
+#
+# import analysis
+#
 # %config InlineBackend.figure_formats = ["svg", "png"]
+# plt.rcParams["font.size"] = 9  # as the captions of the report
 # device = choose_device()
 # print(f"torch {torch.__version__} on {device}")
 
@@ -452,6 +457,30 @@ class VisionTransformer(nn.Module):
         return self.head(self.norm(x[:, 0]))  # (B, D) -> (B, num_classes)
 
 
+# %% tags=["active-ipynb"]
+# analysis.plot_architecture(VisionTransformer());
+
+# %% [markdown] tags=["caption"]
+# **Figure.** The Vision Transformer with the defaults of the exercise, with the shape
+# of the tensor behind every stage ($B$ images), and one of its encoder blocks with its
+# two residual connections.
+# <!-- label: fig-architecture -->
+# <!-- alt: Left, a chain of seven boxes from top to bottom: image, patches, linear
+# projection and positions, class token, encoder blocks, layer norm, linear head, each
+# with a tensor shape beside it. Right, the parts of an encoder block: layer norm,
+# self-attention, sum, layer norm, MLP, sum, with a line around each half into its
+# sum. -->
+
+# %% [markdown]
+# What the parts hold and compute; the operations are those of all matrix products of
+# a forward pass, counted while an image passes through the model, and asserted to add
+# up. The last block computes the class token only, so it costs less than the others.
+
+# %% tags=["active-ipynb"]
+# print(f"{'part':<28}{'parameters':>12}{'operations per image':>24}")
+# for part, parameters, operations in analysis.cost_rows(VisionTransformer()):
+#     print(f"{part:<28}{parameters:>12,}{operations / 1e6:>18.2f} million")
+
 # %% [markdown]
 # ## Unit tests
 #
@@ -459,7 +488,7 @@ class VisionTransformer(nn.Module):
 # test looks for one that leaves all shapes intact.
 
 
-# %%
+# %% tags=["appendix"]
 @torch.no_grad()
 def test_shapes(device):
     """Tokens and logits have the shapes that the exercise asks for."""
@@ -773,11 +802,23 @@ def train(model, run, cache_dir, batch_size, lr, device):
 #         run, history = quick, quick.history
 # print(run.summary())
 
+# %% tags=["active-ipynb"]
+# if is_present(CIFAR10, DATASET_CACHE_DIR):
+#     image, _ = CIFAR10(DATASET_CACHE_DIR, False, transforms.ToTensor())[1]
+#     analysis.plot_patches(image, model.patch_size)
+
+# %% [markdown] tags=["caption"]
+# **Figure.** What `patchify` does to a test image: cut into patches (right), which
+# become a sequence row by row (below, the first two rows).
+# <!-- label: fig-patches -->
+# <!-- alt: A photograph of a ship of 32 by 32 pixels, the same cut into eight by eight
+# squares with gaps between them, and the first sixteen squares side by side. -->
+
 # %% [markdown]
 # ## Plots
 
 
-# %%
+# %% tags=["appendix"]
 def smooth(values, window):
     """Return the running mean of ``values`` over the last ``window`` entries."""
     means, total = [], 0.0
@@ -802,7 +843,7 @@ def plot_training_loss(history):
 
     losses = history["train_losses"]
     window = len(losses) // len(history["val_accs"])
-    figure, ax = plt.subplots(figsize=(7, 3.2), layout="constrained")
+    figure, ax = plt.subplots(figsize=(6.4, 2.9), layout="constrained")
     ax.plot(losses, color="#56B4E9", linewidth=0.5, label="one step", rasterized=True)
     ax.plot(smooth(losses, window), color="#0072B2", label=f"mean of {window} steps")
     ax.set(xlabel="training step", ylabel="cross-entropy / nats", ylim=(0, None))
@@ -827,7 +868,7 @@ def plot_validation_accuracy(history):
         ("val_accs_eval", "model.eval()", "s--", "#E69F00"),
         ("val_accs", "recipe (dropout active)", "o-", "#0072B2"),
     ]
-    figure, ax = plt.subplots(figsize=(7, 3.4), layout="constrained")
+    figure, ax = plt.subplots(figsize=(6.4, 3.1), layout="constrained")
     for key, label, style, color in curves:
         percent = [100 * value for value in history[key]]
         ax.plot(epochs, percent, style, color=color, markersize=3, label=label)
@@ -884,7 +925,7 @@ def plot_validation_accuracy(history):
 # more, on this machine, with all 10,000 test images.
 
 
-# %%
+# %% tags=["appendix"]
 def hits_per_class(logits, labels):
     """Count the right answers per class.
 
@@ -949,11 +990,137 @@ def verify(model, history, cache_dir, device):
 # else:
 #     assert verify(model, history, DATASET_CACHE_DIR, device)
 
+# %% tags=["active-ipynb"]
+# has_data = is_present(CIFAR10, DATASET_CACHE_DIR)
+# shows = run.has_weights and has_data
+# if shows:
+#     val_set = CIFAR10(root=DATASET_CACHE_DIR, train=False, transform=VAL_TRANSFORM)
+#     classes, pixels = val_set.classes, val_set.data
+#     logits, labels = predict(model, DataLoader(val_set, batch_size=500), device)
+#     print("\n".join(analysis.class_lines(logits, labels, classes)))
+
+# %% [markdown]
+# ## Its predictions
+
+# %% tags=["active-ipynb"]
+# if shows:
+#     analysis.plot_confusion(logits, labels, classes)
+
+# %% [markdown] tags=["caption"]
+# **Figure.** Confusion matrix on the 10,000 test images: the share of the images of
+# each class (row) that the model takes for each class (column).
+# <!-- label: fig-confusion -->
+# <!-- alt: A matrix of ten by ten classes. The diagonal is darkest; off the diagonal
+# the largest shares lie between animals, most of all between cat and dog, and between
+# automobile and truck. -->
+
+# %% [markdown]
+# The model confuses what looks alike: animals with animals and vehicles with vehicles.
+# At 32 x 32 pixels a cat and a dog differ by little more than texture.
+
+# %% tags=["active-ipynb"]
+# if shows:
+#     analysis.plot_calibration(logits, labels)
+
+# %% [markdown] tags=["caption"]
+# **Figure.** Left: reliability diagram, the share of right predictions against the
+# confidence (largest probability) of the predictions, in ten bins. Right: how many of
+# the test images have which confidence.
+# <!-- label: fig-calibration -->
+# <!-- alt: The reliability curve of the model beside the diagonal of perfect
+# calibration, and a bar chart of confidences whose highest bar is the last. -->
+
+# %% [markdown]
+# A calibrated model is right as often as it is confident. Where the curve lies below
+# the diagonal, the probabilities promise too much; nothing in the recipe prevents that,
+# since cross-entropy keeps rewarding confidence on images that are already right.
+
+# %% tags=["active-ipynb"]
+# if shows:
+#     analysis.plot_predictions(pixels, logits, labels, classes)
+
+# %% [markdown] tags=["caption"]
+# **Figure.** Test images with prediction and confidence above and the true class below:
+# the surest right predictions, the least sure ones, and the surest wrong ones.
+# <!-- label: fig-predictions -->
+# <!-- alt: Three rows of six small images. The surest right ones show their object
+# large and in front; the least sure ones are dark, cluttered or unusual; the surest
+# wrong ones look like the predicted class. -->
+
+# %% [markdown]
+# ## What it has learned
+
+# %% tags=["active-ipynb"]
+# if shows:
+#     analysis.plot_filters(model)
+
+# %% [markdown] tags=["caption"]
+# **Figure.** The first 28 principal components of the filters of the patch embedding,
+# most important first (after Dosovitskiy et al., 2021, Fig. 7, left).
+# <!-- label: fig-filters -->
+# <!-- alt: Small colour patches of four by four pixels: uniform and two-coloured ones
+# first, then edges and stripes of growing frequency. -->
+
+# %% tags=["active-ipynb"]
+# if shows:
+#     analysis.plot_position_similarity(model)
+
+# %% [markdown] tags=["caption"]
+# **Figure.** Cosine similarity of the positional embedding of each patch (one small map
+# each, in the order of the image) with those of all patches (after Dosovitskiy et al.,
+# 2021, Fig. 7, centre). The similarity with itself, 1, is beyond the scale.
+# <!-- label: fig-positions -->
+# <!-- alt: Eight by eight small maps, each with one dark spot at its own place; beyond
+# it the colours are pale and look like noise. -->
+
+# %% [markdown]
+# The filters are the colours, edges and stripes that any model of images learns first.
+# The positional embeddings hardly show the smooth neighbourhoods that the authors
+# found: they start as noise of variance 1, as the exercise prescribes, random
+# directions are already nearly orthogonal and so easy to tell apart, and at this
+# learning rate the noise they start with outweighs what training adds.
+
+# %% tags=["active-ipynb"]
+# if shows:
+#     some = torch.stack([val_set[index][0] for index in range(256)]).to(device)
+#     weights = analysis.attention_weights(model.eval(), some)
+#     analysis.plot_attention_distance(weights, model.patch_size)
+
+# %% [markdown] tags=["caption"]
+# **Figure.** Mean attention distance of every head against depth, over the first 256
+# test images (after Dosovitskiy et al., 2021, Fig. 7, right). Dotted: the distance of a
+# head that attends to all patches alike.
+# <!-- label: fig-attention-distance -->
+# <!-- alt: Eight dots for each of the six encoder blocks, between short distances and
+# that of even attention, and a line through their means. -->
+
+# %% tags=["active-ipynb"]
+# if shows:
+#     first = [labels.tolist().index(number) for number in range(0, 10)][:8]
+#     titles = [classes[labels[index]] for index in first]
+#     shown = torch.stack([val_set[index][0] for index in first]).to(device)
+#     weights = analysis.attention_weights(model, shown)
+#     analysis.plot_rollout(pixels[first], weights, titles)
+
+# %% [markdown] tags=["caption"]
+# **Figure.** The first test image of eight classes, and attention rollout (Abnar and
+# Zuidema, 2020): how much of each patch reaches the class token through all blocks,
+# from dark (little) to bright (much).
+# <!-- label: fig-rollout -->
+# <!-- alt: Eight images in a row, and under each a heat map of eight by eight patches
+# whose bright patches tend to lie on the object or its outline. -->
+
+# %% [markdown]
+# Heads that look near stand beside heads that look far, from the first block on: unlike
+# a convolution, attention is free to do both. Rollout follows the weights only, not
+# what the values carry, so it shows where information could come from and is no proof
+# that it did.
+
 # %% [markdown]
 # ## As a script
 
 
-# %% tags=["active-py"]
+# %% tags=["active-py", "appendix"]
 def parse_arguments(arguments=None):
     """Read the command line; see ``python vision_transformer.py --help``."""
     import argparse

@@ -172,7 +172,7 @@ def _check_fresh(pdf, student):
 
 def _members(student, pdf, weights):
     """Return what goes into the ZIP, as a dict from name to bytes."""
-    files = [*SCRIPTS, *NOTEBOOKS, Path("training.py"), pdf]
+    files = [*SCRIPTS, *NOTEBOOKS, Path("training.py"), Path("analysis.py"), pdf]
     record = RECORD_FOLDERS[handed_in()]
     files.append(record / HISTORY_NAME)
     if weights:

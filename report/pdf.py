@@ -16,15 +16,36 @@ import pypdf
 import typst
 from nbconvert import MarkdownExporter
 
-from training import write_whole
+from training import read_history, write_whole
 
 HERE = Path(__file__).parent
 SOURCES = ("template.typ", "filter.lua", "references.bib", "pdf.py")
+LISTINGS = (HERE.parent / "analysis.py", HERE.parent / "training.py")
 SPEED = HERE.parent / "bench" / "speed.json"
 GROWTH = HERE.parent / "bench" / "growth.svg"
 IMAGE_TYPES = {"image/svg+xml": "svg", "image/png": "png"}
 DEMO_KEYWORD = "demo data"
 DRAFT_KEYWORD = "draft"
+TO_APPENDIX = (
+    "`#link(<app-code>)[The code of this section stands in the appendix.]`{=typst}"
+)
+
+
+# The sheet's 20 points: what, points, section of the report, and the unit test, or the
+# mark of validation accuracy, that is the evidence
+POINTS = (
+    ("Task 1: modules in __init__", 1, "The layer", "multi head"),
+    ("Task 1: single head", 3, "Unit tests", "single head"),
+    ("Task 1: several heads", 2, "Unit tests", "multi head"),
+    ("Task 2: FeedForwardBlock", 1, "The building blocks", "dropout"),
+    ("Task 2: transformer block", 2, "The building blocks", "parameter count"),
+    ("Task 2: __init__", 2, "The Vision Transformer", "parameter count"),
+    ("Task 2: patchify", 2, "The Vision Transformer", "patch order"),
+    ("Task 2: forward", 1, "The Vision Transformer", "class token"),
+    ("Task 2: 25 % validation accuracy", 2, "Plots", 0.25),
+    ("Task 2: 50 % validation accuracy", 2, "Plots", 0.5),
+    ("Task 2: 70 % validation accuracy", 2, "Plots", 0.7),
+)
 
 
 class PdfError(RuntimeError):
@@ -44,7 +65,7 @@ def fingerprint(notebooks, history, student):
     identity = student.surname, student.given_name, student.matriculation_number
     digest = hashlib.sha256(repr(identity).encode())
     sources = [HERE / name for name in SOURCES]
-    for path in [*notebooks, history, SPEED, GROWTH, *sources]:
+    for path in [*notebooks, history, SPEED, GROWTH, *LISTINGS, *sources]:
         digest.update(path.read_bytes() if path.is_file() else b"")
     return digest.hexdigest()
 
@@ -126,7 +147,51 @@ def _facts(notebooks, history, student, provenance, demo):
         "system_fonts": use_system_fonts(student),
         "speed": json.loads(SPEED.read_text(encoding="utf-8")) if has_speed else None,
         "keywords": [*kinds, fingerprint(notebooks, history, student)],
+        "points": _points([nbformat.read(n, as_version=4) for n in notebooks], history),
+        "curve": None,
     }
+
+
+def _points(notebooks, history):
+    """Return the rows of the table of points, the evidence read from what was run.
+
+    Args:
+        notebooks: the executed notebooks.
+        history: path of the run's ``history.json``; it need not exist.
+
+    Returns:
+        Dicts with the keys ``what``, ``points``, ``section`` and ``evidence``.
+    """
+    printed = "\n".join(
+        output.get("text", "")
+        for notebook in notebooks
+        for cell in notebook.cells
+        for output in cell.get("outputs", [])
+    )
+    passed = dict(re.findall(r"^passed  ([\w ]+): (.*)$", printed, re.MULTILINE))
+    accuracies = read_history(history)["val_accs"] if history.is_file() else []
+    rows = []
+    for what, points, section, proof in POINTS:
+        if isinstance(proof, str):
+            evidence = f"test {proof!r}: {passed[proof]}" if proof in passed else ""
+        else:
+            epochs = [n for n, acc in enumerate(accuracies, 1) if acc >= proof]
+            evidence = ""
+            if epochs:
+                reached = (
+                    f"{100 * accuracies[epochs[0] - 1]:.1f} % in epoch {epochs[0]}"
+                )
+                best = f"{100 * accuracies[-1]:.1f} % in the last of {len(accuracies)}"
+                evidence = f"{reached}, {best}"
+        rows.append(
+            {
+                "what": what,
+                "points": points,
+                "section": section,
+                "evidence": evidence or "not shown: there is no record of it",
+            }
+        )
+    return rows
 
 
 def _typeset(notebooks, facts, **options):
@@ -140,21 +205,21 @@ def _typeset(notebooks, facts, **options):
             shutil.copy(HERE / name, folder)
         if facts["speed"]:
             shutil.copy(GROWTH, folder)
-        (folder / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
-        parts = [
-            to_markdown(notebook, folder, prefix=path.stem)
-            for path, notebook in zip(notebooks, loaded, strict=True)
-        ]
+        body, code = [], ["# Appendix: Code {#app-code}"]
+        for path, notebook in zip(notebooks, loaded, strict=True):
+            text, rest = to_markdown(notebook, folder, prefix=path.stem)
+            body.append(text)
+            code += [f"## {path.name}, the cells left out above", *map(_listing, rest)]
+        for path in LISTINGS:
+            code += [f"## {path.name}", _listing(path.read_text(encoding="utf-8"))]
+        curve = re.search(r"\((\S+)\)\{#fig-validation-accuracy ", body[-1])
+        if curve:
+            facts["curve"] = curve[1]
         try:
-            body = pypandoc.convert_text(
-                "\n\n".join(parts),
-                to="typst",
-                format="markdown-auto_identifiers-citations",
-                extra_args=[f"--lua-filter={HERE / 'filter.lua'}", "--wrap=none"],
-            )
-            # pandoc makes figures of tables; one without a caption takes no number
-            body = body.replace(", kind: table\n", ", kind: table, numbering: none\n")
-            (folder / "body.typ").write_text(body, encoding="utf-8")
+            for name, parts in (("body.typ", body), ("code.typ", code)):
+                text = _to_typst("\n\n".join(parts))
+                (folder / name).write_text(text, encoding="utf-8")
+            (folder / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
             return typst.compile(
                 str(folder / "template.typ"),
                 root=str(folder),
@@ -164,6 +229,23 @@ def _typeset(notebooks, facts, **options):
             )
         except (RuntimeError, typst.TypstError) as error:
             raise PdfError(f"the report could not be typeset: {error}") from error
+
+
+def _to_typst(text):
+    """Convert pandoc's Markdown to Typst."""
+    text = pypandoc.convert_text(
+        text,
+        to="typst",
+        format="markdown-auto_identifiers-citations",
+        extra_args=[f"--lua-filter={HERE / 'filter.lua'}", "--wrap=none"],
+    )
+    # pandoc makes figures of tables; one without a caption takes no number
+    return text.replace(", kind: table\n", ", kind: table, numbering: none\n")
+
+
+def _listing(source):
+    """Return Python code as a block of Markdown."""
+    return f"~~~~~python\n{source.rstrip()}\n~~~~~"
 
 
 def _date_of(notebooks):
@@ -179,7 +261,8 @@ def to_markdown(notebook, folder, prefix):
 
     A Markdown cell tagged ``caption`` belongs to the picture right before it: the two
     become a numbered figure. It may name a label and an alternative text in comments,
-    which a notebook does not show. A caption without a picture is left out.
+    which a notebook does not show. A caption without a picture is left out. A code
+    cell tagged ``appendix`` gives way to a link to the appendix.
 
     Args:
         notebook: the notebook; left as it is.
@@ -187,14 +270,15 @@ def to_markdown(notebook, folder, prefix):
         prefix: what their names begin with.
 
     Returns:
-        The Markdown text.
+        The Markdown text, and the sources of the cells for the appendix.
     """
-    cells, picture = [], None
+    cells, picture, appendix = [], None, []
     for number, cell in enumerate(notebook.cells, 1):
         cell = cell.copy()
         tags = cell.metadata.get("tags", [])
-        if cell.cell_type == "raw" and "active-py" in tags:
-            cell = nbformat.v4.new_code_cell(cell.source)
+        if "appendix" in tags:
+            appendix.append(cell.source)
+            cell = nbformat.v4.new_markdown_cell(TO_APPENDIX)
         if cell.cell_type == "code":
             picture, cell["outputs"] = _take_picture(cell.outputs)
         elif "caption" in tags:
@@ -208,7 +292,7 @@ def to_markdown(notebook, folder, prefix):
             cells.append(cell)
     reduced = nbformat.v4.new_notebook(cells=cells, metadata=notebook.metadata)
     text, _ = MarkdownExporter().from_notebook_node(reduced)
-    return text
+    return text, appendix
 
 
 def _take_picture(outputs):

@@ -145,6 +145,7 @@ def make_report(project, student=STUDENT, demo=False):
 
 EXPECTED = {
     "README.txt",
+    "analysis.py",
     "attention.ipynb",
     "attention.py",
     "history.json",

@@ -1,0 +1,136 @@
+"""What the figures of the report are drawn from."""
+
+import math
+
+import matplotlib
+import pytest
+import torch
+from conftest import small_model
+
+matplotlib.use("Agg")
+
+import analysis
+from vision_transformer import VisionTransformer
+
+
+def test_the_stages_have_the_shapes_of_the_model():
+    stages = dict(analysis.architecture(VisionTransformer()))
+    assert list(stages.values()) == [
+        "(B, 3, 32, 32)",
+        "(B, 64, 48)",
+        "(B, 64, 256)",
+        "(B, 65, 256)",
+        "(B, 65, 256)",
+        "(B, 256)",
+        "(B, 10)",
+    ]
+    assert any(text.startswith("6 encoder blocks") for text in stages)
+
+
+def test_costs_add_up_and_are_those_of_the_formulas():
+    rows = {part: values for part, *values in analysis.cost_rows(VisionTransformer())}
+    tokens, size, mlp = 65, 256, 512
+    assert rows["all"][0] == 3_189_002
+    assert rows["patch embedding"] == [49 * size, 2 * 64 * 48 * size]
+    full = 2 * (4 * tokens * size**2 + 2 * tokens**2 * size)
+    last = 2 * (2 * tokens * size**2 + 2 * size**2 + 2 * tokens * size)
+    assert rows["self-attention"] == [6 * 4 * size**2, 5 * full + last]
+    assert rows["MLPs"][1] == (5 * tokens + 1) * 2 * 2 * size * mlp
+    assert rows["head"] == [257 * 10, 2 * size * 10]
+
+
+LOGITS = 9 * torch.eye(4)[[0, 0, 1, 2, 3, 3]]
+LABELS = torch.tensor([0, 1, 1, 2, 3, 0])
+
+
+def test_confusion_counts_true_classes_by_row():
+    assert analysis.confusion(LOGITS, LABELS).tolist() == [
+        [1, 0, 0, 1],
+        [1, 1, 0, 0],
+        [0, 0, 1, 0],
+        [0, 0, 0, 1],
+    ]
+    lines = analysis.class_lines(LOGITS, LABELS, ["a", "b", "c", "d"])
+    assert [line.split()[0] for line in lines[:2]] in (["c", "d"], ["d", "c"])
+    assert "a" in lines[-1] or "b" in lines[-1]
+    assert any("50.0 %   most often taken for d" in line for line in lines)
+
+
+def test_calibration_of_known_confidences():
+    confidence = torch.tensor([0.75] * 4 + [0.95] * 2, dtype=torch.float64)
+    other = (1 - confidence).log()
+    logits = torch.stack([confidence.log(), other], dim=1)
+    labels = torch.tensor([0, 0, 1, 1, 0, 0])
+    mean, accuracy, share, error = analysis.calibration(logits, labels)
+    assert mean[7] == pytest.approx(0.75)
+    assert accuracy[7] == pytest.approx(0.5)
+    assert accuracy[9] == 1
+    assert share.sum() == pytest.approx(1)
+    assert math.isnan(mean[0])
+    assert error == pytest.approx((4 * 0.25 + 2 * 0.05) / 6)
+
+
+def test_collected_weights_are_those_of_the_model():
+    model = small_model(layers=3).eval()
+    images = torch.randn(2, 3, 32, 32)
+    weights = analysis.attention_weights(model, images)
+    assert weights.shape == (3, 2, 4, 65, 65)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(3, 2, 4, 65))
+    seen = []
+    last = model.blocks[2].attention.inner_module[1]
+    original = last.forward
+
+    def forward(x, need_weights=False, num_queries=None):
+        seen.append(original(x, True, num_queries)[1])
+        return original(x, need_weights, num_queries)
+
+    last.forward = forward
+    model(images)
+    torch.testing.assert_close(weights[2][:, :, :1], seen[0])
+
+
+def test_attention_distance_of_known_weights():
+    eye = torch.eye(5).expand(2, 3, 1, 5, 5)
+    assert analysis.attention_distance(eye, 4).tolist() == [[0.0], [0.0]]
+    right = torch.zeros(1, 1, 1, 5, 5)
+    right[..., 1:, 1:] = torch.eye(4)[[1, 0, 3, 2]]  # the neighbour in the row
+    assert analysis.attention_distance(right, 4).item() == pytest.approx(4)
+    assert analysis.even_distance(4, 4) == pytest.approx((0 + 4 + 4 + 32**0.5) / 4)
+
+
+def test_rollout_of_known_weights():
+    even = torch.full((3, 2, 4, 5, 5), 1 / 5)
+    flow = analysis.rollout(even)
+    assert flow.shape == (2, 4)
+    torch.testing.assert_close(flow, torch.full((2, 4), (1 - 0.5**3) / 5))
+    nothing = torch.eye(5).expand(3, 2, 4, 5, 5)
+    assert analysis.rollout(nothing).abs().max() == 0
+
+
+def figures():
+    model = small_model(layers=2).eval()
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(4, 3, 32, 32, generator=generator)
+    logits = torch.randn(60, 10, generator=generator)
+    labels = torch.randint(10, (60,), generator=generator)
+    pixels = torch.randint(0, 256, (60, 32, 32, 3), generator=generator).byte().numpy()
+    classes = [f"class {number}" for number in range(10)]
+    weights = analysis.attention_weights(model, images)
+    return {
+        "architecture": analysis.plot_architecture(model),
+        "patches": analysis.plot_patches(images[0].sigmoid(), 4),
+        "confusion": analysis.plot_confusion(logits, labels, classes),
+        "calibration": analysis.plot_calibration(logits, labels),
+        "predictions": analysis.plot_predictions(pixels, logits, labels, classes),
+        "distance": analysis.plot_attention_distance(weights, 4),
+        "rollout": analysis.plot_rollout(pixels[:4], weights, classes[:4]),
+        "filters": analysis.plot_filters(model),
+        "positions": analysis.plot_position_similarity(model),
+    }
+
+
+def test_figures_are_drawn_and_fit_the_text():
+    for name, figure in figures().items():
+        assert figure.get_figwidth() <= analysis.WIDTH, name
+        figure.canvas.draw()
+    matplotlib.pyplot.close("all")

@@ -1,0 +1,59 @@
+"""The short runs that choices and ablations rest on."""
+
+import json
+import sys
+from dataclasses import asdict
+
+import pytest
+import torch
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "bench"))
+import trials
+
+
+@pytest.mark.parametrize("trial", trials.TRIALS, ids=lambda t: f"{t.group} {t.name}")
+def test_a_record_is_of_the_trial_that_is_listed(trial):
+    if not trial.path.is_file():
+        pytest.skip("not run yet")
+    record = json.loads(trial.path.read_text(encoding="utf-8"))
+    assert {key: record[key] for key in asdict(trial)} == asdict(trial)
+    assert len(record["held_out_accs"]) == trial.epochs
+    assert all(0 < accuracy < 1 for accuracy in record["held_out_accs"])
+
+
+def test_every_record_is_listed():
+    files = {path for path in trials.FOLDER.iterdir() if path.suffix == ".json"}
+    assert files <= {trial.path for trial in trials.TRIALS}
+    assert files
+
+
+@pytest.mark.parametrize("make", sorted({trial.make for trial in trials.TRIALS}))
+def test_the_variants_are_models_that_learn(make):
+    torch.manual_seed(0)
+    model = getattr(trials, make)()
+    images, labels = torch.randn(4, 3, 32, 32), torch.arange(4)
+    logits = model(images)
+    assert logits.shape == (4, 10)
+    torch.nn.functional.cross_entropy(logits, labels).backward()
+    learned = [p for p in model.parameters() if p.requires_grad]
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in learned)
+
+
+def test_variants_differ_as_their_names_say():
+    positions = trials.no_positions()
+    assert positions.position_embedding.abs().max() == 0
+    assert trials.patch_2().num_patches == 256
+    assert trials.patch_8().num_patches == 16
+    assert trials.one_head().blocks[0].attention.inner_module[1].num_heads == 1
+    torch.manual_seed(0)
+    default, xavier = trials.default(), trials.xavier()
+    ratio = default.patch_embedding.weight.std() / xavier.patch_embedding.weight.std()
+    assert abs(ratio - 3) < 0.1
+    layer = trials.mimetic().blocks[0].attention.inner_module[1]
+    product = layer.out.weight @ layer.v.weight  # of one value and output map
+    assert product.diagonal().mean() < -0.2
+    tokens = torch.randn(2, 65, 256)
+    out = trials.post_norm().blocks[0](tokens)
+    assert out.mean(-1).abs().max() < 1e-4
+    assert (out.var(-1) - 1).abs().max() < 0.05
