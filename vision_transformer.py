@@ -625,7 +625,7 @@ N_EPOCHS = 50
 # can do. The accuracy in evaluation mode is recorded beside it; measuring it draws no
 # random number that the recipe would have drawn.
 
-# %%
+# %% tags=["appendix"]
 SEED = 0  # of the initial weights, the shuffling, the augmentation and the dropout
 NORMALIZATION = transforms.Normalize(
     mean=(0.49139968, 0.48215841, 0.44653091),
