@@ -266,8 +266,8 @@ def matrix_flop(function):
     return counter.get_total_flops()
 
 
-def memory_of(arguments):
-    """Return the peak memory of a task, in MiB: the median of three processes.
+def memory_of(arguments, processes=1):
+    """Return the peak memory of a task, in MiB: the median of some processes.
 
     How much a process asks for depends on how its allocations happen to fit.
     """
@@ -276,7 +276,7 @@ def memory_of(arguments):
         float(
             subprocess.run(command, capture_output=True, text=True, check=True).stdout
         )
-        for _ in range(3)
+        for _ in range(processes)
     )
 
 
@@ -344,7 +344,7 @@ def run_all(device, rounds):
 
     say("memory")
     step = {"task": "step", "size": [BATCH_SIZE, 32], **where}
-    memory = {name: memory_of({**step, "name": name}) for name in MODELS}
+    memory = {name: memory_of({**step, "name": name}, processes=3) for name in MODELS}
     layer_memory = {
         shape: {
             name: memory_of({"task": "attention", "name": name, "size": grid, **where})

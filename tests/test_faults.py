@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
-from conftest import ROOT, assert_same_weights, run_script, small_model
+from conftest import ROOT, assert_same_weights, small_model
 from test_training import TinyCIFAR10, archive_of, finish_run, load, only_files
 
 import training
@@ -756,20 +756,6 @@ def test_dropout_keeps_the_type(dtype):
     assert torch.equal(y.detach(), x.grad), "the mask acts on the gradient alike"
     assert set(y.unique().tolist()) == {0, 1.25}
     assert abs((y == 0).double().mean().item() - 0.2) < 0.01
-
-
-# --- The project in other places ------------------------------------------------------
-
-
-@slow
-@fault("project in another folder")
-def test_the_demo_runs_in_a_folder_with_spaces_from_elsewhere(project, tmp_path):
-    command = project / "report" / "make.py"
-    done = run_script(
-        command, "demo", folder=tmp_path, timeout=500, VENV=str(Path(sys.prefix))
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert list((project / "build" / "demo").rglob("*.pdf"))
 
 
 # --- Other Pythons --------------------------------------------------------------------
