@@ -27,6 +27,7 @@ import time
 from pathlib import Path
 
 import einops
+import filelock
 import httpx
 import safetensors
 import safetensors.torch
@@ -43,7 +44,7 @@ DEFAULTS = {
     "n_epochs": 50,
     "seed": 0,
 }
-# The fewest epochs to 70 %, for those without a GPU: `make report PRESET=quick`
+# For those without a GPU: `make report PRESET=quick`
 QUICK = {**DEFAULTS, "batch_size": 64, "lr": 3e-4, "n_epochs": 12}
 PRESETS = {"default": DEFAULTS, "quick": QUICK}
 RECORD_FOLDERS = {"default": Path("report", "run"), "quick": Path("report", "quick")}
@@ -73,6 +74,10 @@ class TrainingError(RuntimeError):
     """Something that the user can mend; the message says how, in one sentence."""
 
 
+class DamagedError(TrainingError):
+    """A file that is there and can be read, but is not what was stored."""
+
+
 # --- Files ---------------------------------------------------------------------------
 
 
@@ -89,8 +94,7 @@ def write_whole(path, content):
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Always the same name: what a killed process leaves behind is used again
-        temporary = path.with_name(f".{path.name}.part")
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
         try:
             with temporary.open("wb") as file:
                 file.write(content)
@@ -145,19 +149,27 @@ def load_tensors(path):
         The tensors by name, and the text.
 
     Raises:
-        TrainingError: the file cannot be read or is damaged.
+        DamagedError: the file is not what was stored.
+        TrainingError: the file cannot be read at all.
     """
     try:
+        if not Path(path).stat().st_size:
+            raise DamagedError(f"{path} is empty")
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             names = file.keys()
             # Copies: Windows cannot replace a file that is mapped into memory
             tensors = {name: file.get_tensor(name).clone() for name in names}
-    except (OSError, safetensors.SafetensorError) as error:
-        raise TrainingError(f"{path} cannot be read: {error}") from error
+    except safetensors.SafetensorError as error:
+        raise DamagedError(f"{path} is damaged: {error}") from error
+    except OSError as error:
+        raise TrainingError(
+            f"{path} cannot be read ({error}): close what uses it, and type the same "
+            "command again"
+        ) from error
     text = metadata.get("text", "")
     if metadata.get("sha256") != _digest(tensors, text):
-        raise TrainingError(f"{path} is damaged: its checksum does not match")
+        raise DamagedError(f"{path} is damaged: its checksum does not match")
     return tensors, text
 
 
@@ -422,6 +434,7 @@ class Run:
         self._bar = None
         self._display = None
         self._interrupted = False
+        self._saved = None  # epochs in the checkpoint, once that is known
 
     @property
     def record_folder(self):
@@ -503,6 +516,36 @@ class Run:
             The number of each epoch, from 1; ``end_epoch`` must be called in each.
         """
         self._model, self._optimizer = model, optimizer
+        with self._alone():
+            yield from self._epochs(steps_per_epoch)
+
+    @contextlib.contextmanager
+    def _alone(self):
+        """Keep other processes from training the same run at the same time."""
+        lock = filelock.FileLock(self.folder.with_name(f".{self.folder.name}.lock"))
+        try:
+            RUNS_FOLDER.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=0)
+        except filelock.Timeout as error:
+            raise TrainingError(
+                f"another process is training the run in {self.folder}: wait for it, "
+                "or end it"
+            ) from error
+        except OSError as error:
+            raise TrainingError(
+                f"{RUNS_FOLDER} could not be written ({error.strerror or error}): make "
+                "room or choose another folder"
+            ) from error
+        try:
+            for folder in (self.folder, self.record_folder):
+                for path in folder.glob(".*.part"):  # of a process that was killed
+                    path.unlink(missing_ok=True)
+            yield
+        finally:
+            lock.release()
+
+    def _epochs(self, steps_per_epoch):
+        model = self._model
         if not self._restore():
             self.history = {
                 **self.settings,
@@ -602,16 +645,17 @@ class Run:
         """Say what is saved and how to go on; to be called at ``KeyboardInterrupt``."""
         if self._bar:
             self._bar.close()
-        done = len(self.history["val_accs"]) if self.history else 0
-        saved = (
-            f"The first {done} are saved in {self.folder}"
-            if done
-            else ("None is finished yet")
-        )
-        self._say(
-            f"Interrupted in epoch {done + 1} of {self.settings['n_epochs']}. {saved}; "
-            f"run the same again, and it continues with epoch {done + 1}."
-        )
+        n_epochs = self.settings["n_epochs"]
+        if self._saved is None:
+            where = "Interrupted at the start; what was saved before still is"
+        elif self._saved:
+            where = (
+                f"Interrupted: {self._saved} of {n_epochs} epochs are saved in "
+                f"{self.folder}"
+            )
+        else:
+            where = f"Interrupted before the first of {n_epochs} epochs was finished"
+        self._say(f"{where}. Run the same again, and it continues there.")
 
     def _say(self, line):
         if self._display:
@@ -636,6 +680,7 @@ class Run:
         if path.exists():
             rename(path, previous)
         save_tensors(path, tensors, json.dumps(history))
+        self._saved = len(history["val_accs"])
 
     def _checkpoints(self):
         """Return the paths of the last checkpoint and of the one before."""
@@ -649,7 +694,7 @@ class Run:
                 continue
             try:
                 tensors, text = load_tensors(candidate)
-            except TrainingError as error:
+            except DamagedError as error:
                 print(f"{error}; trying an older one", flush=True)
                 candidate.unlink()  # or it would take the place of the older one
                 continue
@@ -686,7 +731,7 @@ class Run:
         if "mps" in groups["random"] and self.device.type == "mps":
             torch.mps.set_rng_state(groups["random"]["mps"])
         del history["probe_logits"]
-        self.history = history
+        self.history, self._saved = history, len(history["val_accs"])
 
     def _store_record(self):
         weights = {k: v.detach().cpu() for k, v in self._model.state_dict().items()}

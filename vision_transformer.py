@@ -327,7 +327,7 @@ def patches_to_images(patches, patch_size, height):
     )
 
 
-PATCH_GAIN = 3.0  # chosen on held-out training images, see the report
+PATCH_GAIN = 3.0  # better than 1 on held-out training images: bench/trials
 
 
 class VisionTransformer(nn.Module):
@@ -898,8 +898,8 @@ def plot_validation_accuracy(history):
 # **Figure.** Training loss against steps: the cross-entropy of each step on its
 # augmented batch, and the running mean over as many steps as an epoch has.
 # <!-- label: fig-training-loss -->
-# <!-- alt: The loss falls steeply in the first epochs and ever more slowly after;
-# single steps scatter around the running mean. -->
+# <!-- alt: The cross-entropy of single steps, which scatter, and through them the
+# curve of their running mean. -->
 
 # %% tags=["active-ipynb"]
 # if history:
@@ -909,14 +909,15 @@ def plot_validation_accuracy(history):
 # **Figure.** Validation accuracy after every epoch, as the recipe measures it (dropout
 # active) and in evaluation mode. Dotted: the 25, 50 and 70 % of the exercise.
 # <!-- label: fig-validation-accuracy -->
-# <!-- alt: Both curves rise quickly at first and then flatten; the one in evaluation
-# mode lies above the one by the recipe throughout. -->
+# <!-- alt: Two curves of accuracy in percent against epochs, one by the recipe and one
+# in evaluation mode, and three dotted lines across. -->
 
 # %% [markdown]
-# The recipe's own measure is a lower bound: it validates a model from which a fifth
-# of the hidden features is missing. For the same reason, and because training images
-# are cropped at random, the accuracy on training batches can lie *below* the
-# validation accuracy in evaluation mode; that is regularisation, not a mistake.
+# The recipe's own measure usually lies below what the model can do: it validates a
+# model from which a fifth of the hidden features is missing. For the same reason, and
+# because training images are cropped at random, the accuracy on training batches can
+# lie *below* the validation accuracy in evaluation mode; that is regularisation, not a
+# mistake.
 
 # %% [markdown]
 # ## The recorded weights, validated again
@@ -1010,13 +1011,13 @@ def verify(model, history, cache_dir, device):
 # **Figure.** Confusion matrix on the 10,000 test images: the share of the images of
 # each class (row) that the model takes for each class (column).
 # <!-- label: fig-confusion -->
-# <!-- alt: A matrix of ten by ten classes. The diagonal is darkest; off the diagonal
-# the largest shares lie between animals, most of all between cat and dog, and between
-# automobile and truck. -->
+# <!-- alt: A matrix of ten by ten classes with a number in each field; the darker a
+# field, the larger its number. -->
 
 # %% [markdown]
-# The model confuses what looks alike: animals with animals and vehicles with vehicles.
-# At 32 x 32 pixels a cat and a dog differ by little more than texture.
+# Right predictions stand on the diagonal. What to look for off it: whether a model
+# confuses what looks alike, animals with animals and vehicles with vehicles. At 32 x 32
+# pixels a cat and a dog differ by little more than texture.
 
 # %% tags=["active-ipynb"]
 # if shows:
@@ -1028,7 +1029,7 @@ def verify(model, history, cache_dir, device):
 # the test images have which confidence.
 # <!-- label: fig-calibration -->
 # <!-- alt: The reliability curve of the model beside the diagonal of perfect
-# calibration, and a bar chart of confidences whose highest bar is the last. -->
+# calibration, and a bar chart of the confidences. -->
 
 # %% [markdown]
 # A calibrated model is right as often as it is confident. Where the curve lies below
@@ -1043,9 +1044,8 @@ def verify(model, history, cache_dir, device):
 # **Figure.** Test images with prediction and confidence above and the true class below:
 # the surest right predictions, the least sure ones, and the surest wrong ones.
 # <!-- label: fig-predictions -->
-# <!-- alt: Three rows of six small images. The surest right ones show their object
-# large and in front; the least sure ones are dark, cluttered or unusual; the surest
-# wrong ones look like the predicted class. -->
+# <!-- alt: Three rows of six small images, with the predicted class and its confidence
+# above each and the true class below. -->
 
 # %% [markdown]
 # ## What it has learned
@@ -1058,8 +1058,7 @@ def verify(model, history, cache_dir, device):
 # **Figure.** The first 28 principal components of the filters of the patch embedding,
 # most important first (after Dosovitskiy et al., 2021, Fig. 7, left).
 # <!-- label: fig-filters -->
-# <!-- alt: Small colour patches of four by four pixels: uniform and two-coloured ones
-# first, then edges and stripes of growing frequency. -->
+# <!-- alt: Twenty-eight small coloured squares of four by four pixels in four rows. -->
 
 # %% tags=["active-ipynb"]
 # if shows:
@@ -1070,15 +1069,14 @@ def verify(model, history, cache_dir, device):
 # each, in the order of the image) with those of all patches (after Dosovitskiy et al.,
 # 2021, Fig. 7, centre). The similarity with itself, 1, is beyond the scale.
 # <!-- label: fig-positions -->
-# <!-- alt: Eight by eight small maps, each with one dark spot at its own place; beyond
-# it the colours are pale and look like noise. -->
+# <!-- alt: Eight by eight small maps of eight by eight squares, coloured from blue
+# (opposite) to red (alike). -->
 
 # %% [markdown]
-# The filters are the colours, edges and stripes that any model of images learns first.
-# The positional embeddings hardly show the smooth neighbourhoods that the authors
-# found: they start as noise of variance 1, as the exercise prescribes, random
-# directions are already nearly orthogonal and so easy to tell apart, and at this
-# learning rate the noise they start with outweighs what training adds.
+# In filters one looks for colours, edges and stripes, in positions for smooth
+# neighbourhoods: the authors found both. Positions have less to learn here. They start
+# as noise of variance 1, as the exercise prescribes; random directions are nearly
+# orthogonal, and so already easy to tell apart.
 
 # %% tags=["active-ipynb"]
 # if shows:
@@ -1091,8 +1089,8 @@ def verify(model, history, cache_dir, device):
 # test images (after Dosovitskiy et al., 2021, Fig. 7, right). Dotted: the distance of a
 # head that attends to all patches alike.
 # <!-- label: fig-attention-distance -->
-# <!-- alt: Eight dots for each of the six encoder blocks, between short distances and
-# that of even attention, and a line through their means. -->
+# <!-- alt: Eight dots for each of the six encoder blocks, a line through their means,
+# and a dotted line at the distance of even attention. -->
 
 # %% tags=["active-ipynb"]
 # if shows:
@@ -1107,11 +1105,11 @@ def verify(model, history, cache_dir, device):
 # Zuidema, 2020): how much of each patch reaches the class token through all blocks,
 # from dark (little) to bright (much).
 # <!-- label: fig-rollout -->
-# <!-- alt: Eight images in a row, and under each a heat map of eight by eight patches
-# whose bright patches tend to lie on the object or its outline. -->
+# <!-- alt: Eight images in a row, and under each a heat map of eight by eight
+# patches. -->
 
 # %% [markdown]
-# Heads that look near stand beside heads that look far, from the first block on: unlike
+# Dots far apart in a block are heads that look near beside heads that look far: unlike
 # a convolution, attention is free to do both. Rollout follows the weights only, not
 # what the values carry, so it shows where information could come from and is no proof
 # that it did.

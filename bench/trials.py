@@ -1,4 +1,4 @@
-"""Short training runs for choices and for ablations: `make trials`.
+"""Short training runs for choices and for ablations: `python bench/trials.py`.
 
 Nothing here looks at the test images. 5,000 of the 50,000 training images are held
 out, and every trial is judged by its accuracy on them. A finished trial is a file in
@@ -240,9 +240,16 @@ def run(trial, cache_dir, device):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("groups", nargs="*", help="only trials of these groups")
+    parser.add_argument(
+        "groups",
+        nargs="*",
+        help="only trials of these groups: init, settings, ablation",
+    )
     parser.add_argument("--cache-dir", default="data")
     arguments = parser.parse_args()
+    unknown = set(arguments.groups) - {trial.group for trial in TRIALS}
+    if unknown:
+        parser.error(f"no such group: {', '.join(unknown)}")
     fetch(CIFAR10, arguments.cache_dir)
     device = ours.choose_device()
     for trial in TRIALS:

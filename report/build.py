@@ -161,9 +161,14 @@ def report(settings, student):
                 f"{settings['n_epochs']} epochs, batch size {settings['batch_size']}, "
                 f"learning rate {settings['lr']:g}."
             )
-        executed = _execute(TRANSFORMER, RUN_CELL.format(**settings))
+        executed = None
+        if not trained or settings != PRESETS[handed_in()]:
+            executed = _execute(TRANSFORMER, RUN_CELL.format(**settings))
         if settings == PRESETS[handed_in()]:
-            notebooks.remove_injected(executed)
+            if executed and settings == DEFAULTS:
+                notebooks.remove_injected(executed)  # it set what was set already
+            else:
+                executed = _execute(TRANSFORMER)  # the code that is handed in
         _show_record(executed, settings)
         how[TRANSFORMER] = executed, LIVE
 

@@ -45,6 +45,7 @@ Exercise Sheet 11: Transformers
   *.ipynb                 the same as notebooks, with outputs; opened, they run and
                           show the recorded training run, and train only if asked
   training.py             data, checkpoints and records of training runs
+  analysis.py             the figures of what the trained model does
   {history}            the recorded training run
 
 The .py files need Python 3.8 or newer with torch 2.0, torchvision 0.15 and einops; the

@@ -19,7 +19,7 @@ COMMANDS = {
     "setup": "make the environment .venv, as every other target does by itself",
     "report": "execute both notebooks and make the PDF (trains if there is no record)",
     "notebooks": "execute and store both notebooks as they are; never trains",
-    "demo": "everything live in 3 minutes, on generated data, below build/demo",
+    "demo": "everything live in minutes, on generated data, below build/demo",
     "test": "run all tests and the linter",
     "faults": "provoke all that can go wrong, as a table: 10 minutes",
     "zip": "make dist/Surname-MatriculationNumber.zip, ready for Moodle",

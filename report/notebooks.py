@@ -111,6 +111,7 @@ class _Client(NotebookClient):
     finished_lines = 0
     received = 0
     problem = ""  # of an output that nobody could read
+    interrupting = None
 
     async def async_execute_cell(self, cell, cell_index, *args, **kwargs):
         self.current, self.finished_lines, self.received = cell_index, 0, 0
@@ -121,9 +122,11 @@ class _Client(NotebookClient):
 
     def process_message(self, msg, cell, cell_index):
         content = msg["content"]
-        self.received += len(str(content))
-        if self.received > MAX_OUTPUT:
-            if not self.problem:  # nbclient waits for the cell, which may never end
+        size = len(str(content))
+        if msg["header"]["msg_type"] != "update_display_data":  # that replaces another
+            self.received += size
+        if max(size, self.received) > MAX_OUTPUT:
+            if not self.interrupting:  # nbclient waits for the cell, perhaps forever
                 self.interrupting = asyncio.ensure_future(self.km.interrupt_kernel())
             self.problem = f"its output is larger than {MAX_OUTPUT / 1e6:.0f} MB"
             return None

@@ -98,11 +98,16 @@ def test_attention_distance_of_known_weights():
     assert analysis.even_distance(4, 4) == pytest.approx((0 + 4 + 4 + 32**0.5) / 4)
 
 
-def test_rollout_of_known_weights():
-    even = torch.full((3, 2, 4, 5, 5), 1 / 5)
-    flow = analysis.rollout(even)
-    assert flow.shape == (2, 4)
-    torch.testing.assert_close(flow, torch.full((2, 4), (1 - 0.5**3) / 5))
+def test_rollout_is_the_product_of_the_layers_from_the_last_to_the_first():
+    weights = torch.rand(3, 2, 4, 5, 5).softmax(dim=-1)
+    rows = []
+    for b in range(2):
+        row = torch.zeros(5)
+        row[0] = 1  # the class token, followed down from the last block
+        for layer in (2, 1, 0):
+            row = 0.5 * row + 0.5 * row @ weights[layer, b].mean(dim=0)
+        rows.append(row[1:])
+    torch.testing.assert_close(analysis.rollout(weights), torch.stack(rows))
     nothing = torch.eye(5).expand(3, 2, 4, 5, 5)
     assert analysis.rollout(nothing).abs().max() == 0
 

@@ -66,7 +66,7 @@ def uninterrupted(tmp_path_factory):
 
 
 def record_in(folder):
-    [run] = (folder / training.RUNS_FOLDER).iterdir()
+    [run] = (folder / training.RUNS_FOLDER).glob("[!.]*")
     assert sorted(path.name for path in run.iterdir()) == [
         training.HISTORY_NAME,
         training.WEIGHTS_NAME,
@@ -159,9 +159,9 @@ def test_ctrl_c_in_a_terminal_says_how_to_go_on(workplace, seconds):
         out = process.communicate(timeout=30)[0]
     assert time.monotonic() - start < 5, "a step, and the end of the processes"
     assert process.returncode == 130
-    said = re.search(r"in epoch (\d+) of 1000. The first (\d+) are saved in build", out)
-    assert int(said[1]) == int(said[2]) + 1 >= 3
-    [folder] = Path("build", "runs").iterdir()
+    said = re.search(r"Interrupted: (\d+) of 1000 epochs are saved in build", out)
+    assert int(said[1]) >= 2
+    [folder] = Path("build", "runs").glob("[!.]*")
     assert (folder / training.CHECKPOINT_NAME).is_file()
 
 

@@ -250,3 +250,14 @@ def test_jupytext_is_told_once():
     for name in NAMES:
         metadata = jupytext.read(ROOT / f"{name}.py").metadata
         assert metadata["jupytext"]["formats"] == "ipynb,py:percent"
+
+
+def test_a_display_that_is_replaced_again_and_again_is_no_flood(tmp_path, monkeypatch):
+    monkeypatch.setattr(notebooks, "MAX_OUTPUT", 20_000)
+    source = """
+from IPython.display import display
+handle = display({"text/plain": "x"}, raw=True, display_id=True)
+for _ in range(100):
+    handle.update({"text/plain": "x" * 1000}, raw=True)
+"""
+    notebooks.execute(notebook_of(source), "x.ipynb", tmp_path, timeout=60)

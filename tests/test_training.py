@@ -401,3 +401,29 @@ def test_records_are_plain_json(workplace):
     run = finish_run(small_model())
     text = (run.folder / "history.json").read_text(encoding="utf-8")
     assert json.loads(text)["probe_logits"] == training.probe(small_model())
+
+
+def test_two_processes_do_not_train_the_same_run(workplace):
+    import filelock
+
+    run = Run("CIFAR10", 16, 1e-3, 1, 0, CPU)
+    run.folder.parent.mkdir(parents=True)
+    model = small_model()
+    other = filelock.FileLock(run.folder.with_name(f".{run.folder.name}.lock"))
+    with other, pytest.raises(TrainingError, match="another process is training"):
+        next(run.epochs(model, torch.optim.Adam(model.parameters()), 1))
+    finish_run(model)
+
+
+def test_a_checkpoint_that_cannot_be_read_now_is_kept(workplace, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "_store_record", lambda run: None)
+        run = finish_run(small_model(), n_epochs=2)
+
+    def locked(*_, **__):
+        raise PermissionError(13, "used by another program")
+
+    monkeypatch.setattr(training.safetensors, "safe_open", locked)
+    with pytest.raises(TrainingError, match="close what uses it"):
+        finish_run(small_model(), n_epochs=2)
+    assert len([*run.folder.glob("*checkpoint*")]) == 2, "nothing is deleted"
