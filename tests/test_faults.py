@@ -855,7 +855,7 @@ INSIDE = TinyCIFAR10.base_folder
 MEMBERS = [
     [member("../outside")],
     [member(f"{INSIDE}/../../outside")],
-    [member("/tmp/outside-of-the-archive")],
+    [member("/outside-of-the-archive")],
     [member(f"{INSIDE}/link", tarfile.SYMTYPE, "../../outside")],
     [member(f"{INSIDE}/link", tarfile.SYMTYPE, "/etc/passwd")],
     [member(f"{INSIDE}/link", tarfile.LNKTYPE, "../../../outside")],
@@ -877,4 +877,4 @@ def test_archive_members_stay_inside(tmp_path, members):
     with pytest.raises(TrainingError, match="could not be unpacked"):
         training._unpack(archive, folder, INSIDE)
     assert [*tmp_path.rglob("*")] == [tmp_path / "deep", folder, archive]
-    assert not Path("/tmp/outside-of-the-archive").exists()
+    assert not Path("/outside-of-the-archive").exists()
