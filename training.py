@@ -573,7 +573,7 @@ class Run:
             mininterval=0.5,
             ncols=76,
         )
-        with self._bar, self._ctrl_c_is_kept():
+        with self._bar, self._ctrl_c_waits():
             for epoch in range(done + 1, n_epochs + 1):
                 accs = self.history["val_accs"]
                 accuracy = f", accuracy {accs[-1]:.3f}" if accs else ""
@@ -583,31 +583,37 @@ class Run:
         self._store_record()
 
     @contextlib.contextmanager
-    def _ctrl_c_is_kept(self):
-        """Note an interruption, besides raising it as always.
+    def _ctrl_c_waits(self):
+        """Let an interruption wait for the next time the model is called.
 
-        Python drops what is raised while it clears up objects, and between epochs
-        torch clears up its worker processes. ``on_step`` then raises it again.
+        Raised anywhere, it may be dropped, or leave a lock behind that is waited for
+        forever: between epochs torch shuts down its worker processes. A second one is
+        raised at once.
         """
 
         def note(*_):
+            if self._interrupted:
+                raise KeyboardInterrupt
             self._interrupted = True
-            raise KeyboardInterrupt
+
+        def check(*_):
+            if self._interrupted:
+                raise KeyboardInterrupt
 
         self._interrupted, self._steps = False, 0
         if threading.current_thread() is not threading.main_thread():
             yield  # where no signal arrives, and none can be waited for
             return
         before = signal.signal(signal.SIGINT, note)
+        hook = self._model.register_forward_pre_hook(check)
         try:
             yield
         finally:
+            hook.remove()
             signal.signal(signal.SIGINT, before)
 
     def on_step(self, loss):
         """Show progress; ``loss`` is read only when the display is due."""
-        if self._interrupted:
-            raise KeyboardInterrupt
         self._steps += 1
         if self._steps == FIRST_STEPS:
             self._first = time.perf_counter()
