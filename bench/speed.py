@@ -453,7 +453,7 @@ def plot_growth(record):
     """Plot how time and memory of a training step grow; return the figure."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(8, 3), layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(6.4, 2.6), layout="constrained")
     for ax, (key, label) in zip(
         axes,
         (

@@ -1,10 +1,13 @@
-"""Short training runs for choices and for ablations: `python bench/trials.py`.
+"""Training runs for choices, ablations and seeds: `python bench/trials.py`.
 
-Nothing here looks at the test images. 5,000 of the 50,000 training images are held
-out, and every trial is judged by its accuracy on them. A finished trial is a file in
-``bench/trials``; a trial with a file is not run again, so an interrupted series goes
-on. What a trial trains on is in its file: ``images`` of the other 45,000 training
-images, for ``epochs`` passes.
+Choices and ablations never look at the test images: 5,000 of the 50,000 training images
+are held out, and every trial is judged by its accuracy on them. What a trial trains on
+is in its file: ``images`` of the other 45,000 training images, for ``epochs`` passes.
+The seeds, asked for by name because they take hours, are whole quick runs by the
+recipe, validated as it does.
+
+A finished trial is a file in ``bench/trials``; a trial with a file is not run again, so
+an interrupted series goes on.
 """
 
 import argparse
@@ -26,10 +29,19 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import vision_transformer as ours  # noqa: E402
-from training import fetch, processor_name, write_whole  # noqa: E402
+from training import (  # noqa: E402
+    QUICK,
+    Run,
+    TrainingError,
+    fetch,
+    processor_name,
+    write_whole,
+)
 
 FOLDER = ROOT / "bench" / "trials"
+ABLATION_FIGURE = ROOT / "bench" / "ablation.svg"
 HELD_OUT = 5_000
+SEEDS = (1, 2)  # beside 0, that of the run in report/quick
 
 
 @dataclass
@@ -238,35 +250,118 @@ def run(trial, cache_dir, device):
     return record
 
 
+def seed_path(seed):
+    """Return the file of the quick run with a seed."""
+    return FOLDER / f"seeds-{seed}.json"
+
+
+def run_seed(seed, cache_dir, device):
+    """Train, or continue, the quick run with another seed; return its record."""
+    torch.manual_seed(seed)
+    model = default().to(device)
+    run = Run(**{**QUICK, "seed": seed}, device=device)
+    history = run.load_record(model) or ours.train(
+        model, run, cache_dir, QUICK["batch_size"], QUICK["lr"], device
+    )
+    kept = [*QUICK, "val_accs", "val_accs_eval", "epoch_seconds", "machine", "versions"]
+    return {key: history[key] for key in [*kept, "date", "weights_sha256"]}
+
+
+def plot_ablations(records):
+    """Draw the held-out accuracies of the ablations, the best on top.
+
+    Args:
+        records: the records of the trials of this group.
+
+    Returns:
+        The matplotlib figure.
+    """
+    import matplotlib.pyplot as plt
+
+    records = sorted(records, key=lambda record: record["held_out_accs_eval"][-1])
+    names = [
+        "as handed in" if record["name"] == "default" else record["name"]
+        for record in records
+    ]
+    rows = range(len(records))
+    figure, ax = plt.subplots(
+        figsize=(6.4, 0.9 + 0.27 * len(records)), layout="constrained"
+    )
+    for key, label, marker, color in (
+        ("held_out_accs", "recipe (dropout active)", "o", "#0072B2"),
+        ("held_out_accs_eval", "model.eval()", "s", "#E69F00"),
+    ):
+        percent = [100 * record[key][-1] for record in records]
+        ax.plot(percent, rows, marker, color=color, label=label)
+    ax.set_yticks(rows, names)
+    ax.set(xlabel="held-out accuracy / %", ylabel="variant")
+    ax.grid(alpha=0.3)
+    ax.legend(loc="lower right")
+    return figure
+
+
+def draw():
+    """Renew the figure of the ablations from the records, if there are any."""
+    import io
+
+    import matplotlib
+
+    trials = [t for t in TRIALS if t.group == "ablation" and t.path.exists()]
+    if not trials:
+        return
+    settings = {"font.size": 9, "svg.hashsalt": "ablation", "savefig.format": "svg"}
+    matplotlib.rcParams.update(settings)
+    records = [json.loads(t.path.read_text(encoding="utf-8")) for t in trials]
+    buffer = io.BytesIO()
+    plot_ablations(records).savefig(buffer, metadata={"Date": None})
+    write_whole(ABLATION_FIGURE, buffer.getvalue())
+
+
+def store(path, record):
+    """Write the record of a trial, and say what it reached."""
+    write_whole(path, (json.dumps(record, indent=1) + "\n").encode())
+    kind = "val_accs" if "val_accs" in record else "held_out_accs"
+    print(
+        f"{path.stem}: accuracy {record[kind][-1]:.4f} (recipe), "
+        f"{record[kind + '_eval'][-1]:.4f} (eval), "
+        f"{sum(record['epoch_seconds']):.0f} s",
+        flush=True,
+    )
+
+
 def main():
+    groups = [*dict.fromkeys(trial.group for trial in TRIALS), "seeds"]
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument(
         "groups",
         nargs="*",
-        help="only trials of these groups: init, settings, ablation",
+        default=groups[:-1],
+        help=f"only trials of these groups: {', '.join(groups)}; seeds take hours and "
+        "are run only when asked for",
     )
     parser.add_argument("--cache-dir", default="data")
     arguments = parser.parse_args()
-    unknown = set(arguments.groups) - {trial.group for trial in TRIALS}
+    unknown = set(arguments.groups) - set(groups)
     if unknown:
         parser.error(f"no such group: {', '.join(unknown)}")
-    fetch(CIFAR10, arguments.cache_dir)
     device = ours.choose_device()
-    for trial in TRIALS:
-        if trial.path.exists() or trial.group not in (
-            arguments.groups or [trial.group]
-        ):
-            continue
-        record = run(trial, arguments.cache_dir, device)
-        write_whole(trial.path, (json.dumps(record, indent=1) + "\n").encode())
-        print(
-            f"{trial.group} {trial.name}: held-out accuracy "
-            f"{record['held_out_accs'][-1]:.4f} (recipe), "
-            f"{record['held_out_accs_eval'][-1]:.4f} (eval), "
-            f"{sum(record['epoch_seconds']):.0f} s",
-            flush=True,
-        )
+    try:
+        fetch(CIFAR10, arguments.cache_dir)
+        for trial in TRIALS:
+            if trial.group in arguments.groups and not trial.path.exists():
+                store(trial.path, run(trial, arguments.cache_dir, device))
+        draw()
+        for seed in SEEDS if "seeds" in arguments.groups else ():
+            path = seed_path(seed)
+            if not path.exists():
+                store(path, run_seed(seed, arguments.cache_dir, device))
+    except TrainingError as error:
+        return f"error: {error}"
+    except KeyboardInterrupt:
+        print("Interrupted; the same command continues.")
+        return 130
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

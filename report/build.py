@@ -16,15 +16,24 @@ import torch
 from torchvision.datasets import CIFAR10
 
 from report import notebooks
-from report.pdf import make_pdf, make_picture, use_system_fonts
+from report.pdf import (
+    find_picture,
+    hours_of,
+    make_pdf,
+    make_picture,
+    use_system_fonts,
+)
 from training import (
+    ARCHIVE_MD5,
     DEFAULTS,
     HISTORY_NAME,
     PRESETS,
+    RECORD_FOLDERS,
     Run,
     TrainingError,
     fetch,
     handed_in,
+    is_present,
     read_history,
     write_whole,
 )
@@ -34,6 +43,7 @@ TRANSFORMER = Path("vision_transformer.ipynb")
 BUILD = Path("build")
 README = Path("README.md")
 COSTS = Path("report", "costs.json")
+CURVE = Path("report", "accuracy.svg")
 SPEED = Path("bench", "speed.json")
 ATTENTION_SECONDS = 600  # a cell that takes longer hangs
 LIVE, RECORDED = "executed live", "outputs as recorded"
@@ -111,6 +121,7 @@ def _make_report(how, settings, student, folder, target, demo=False):
     history = run.record_folder / HISTORY_NAME
     rows = _provenance(how)
     rows.append(["training", _training_row(run, history)])
+    rows.append(["data set", _data_row(demo)])
     make_pdf(stored, history, student, rows, target, demo=demo)
     _done(start)
     if student.is_placeholder:
@@ -128,6 +139,15 @@ def _training_row(run, history):
         f"{facts['lr']:g}, {facts['n_epochs']} epochs, seed {facts['seed']}: "
         f"{facts['date']}, {facts['machine']}, torch {facts['versions']['torch']}"
     )
+
+
+def _data_row(demo):
+    """Describe the data set that is at hand, in one line."""
+    if demo:
+        return "generated images, see report/demo.py"
+    if is_present(CIFAR10, "data"):
+        return f"CIFAR-10, all files intact; MD5 of the archive: {ARCHIVE_MD5}"
+    return "not at hand when the report was made"
 
 
 def report(settings, student):
@@ -218,7 +238,7 @@ def store_notebooks():
 
 
 def readme(student):
-    """Renew what the README shows: the first page, and what the commands cost.
+    """Renew what the README shows: first page, accuracy, runs, and what it all costs.
 
     Args:
         student: a ``Student``.
@@ -228,7 +248,11 @@ def readme(student):
     run = _run(PRESETS[handed_in()])
     history = run.record_folder / HISTORY_NAME
     rows = [*_provenance(how), ["training", _training_row(run, history)]]
+    rows.append(["data set", _data_row(demo=False)])
     make_picture(paths, history, student, rows, Path("report", "first-page.png"))
+    curve = find_picture(how[TRANSFORMER][0], "fig-validation-accuracy")
+    if curve:
+        write_whole(CURVE, curve)
     text = README.read_text(encoding="utf-8")
     write_whole(README, with_records(text).encode())
 
@@ -268,7 +292,32 @@ def with_records(readme):
         f"{machine['threads']} threads, torch {machine['torch']}, "
         f"{speed['date'][:10]}.",
     ]
-    return _between(readme, "speed", rows)
+    readme = _between(readme, "speed", rows)
+
+    rows = [
+        "| run | validation accuracy by the recipe | `model.eval()` | 70 % in epoch | "
+        "time |",
+        "|---|---|---|---|---|",
+        *(_run_row(name) for name in PRESETS),
+    ]
+    return _between(readme, "runs", rows)
+
+
+def _run_row(preset):
+    """Return the row of the README's table on the recorded run of a preset."""
+    s = PRESETS[preset]
+    name = f"{preset}: {s['n_epochs']} epochs, batches of {s['batch_size']}"
+    path = RECORD_FOLDERS[preset] / HISTORY_NAME
+    if not path.is_file():
+        return f"| {name} | not recorded yet | | | |"
+    history = read_history(path)
+    recipe, evaluated = history["val_accs"], history["val_accs_eval"]
+    reached = [epoch for epoch, acc in enumerate(recipe, 1) if acc >= 0.7]
+    return (
+        f"| {name} | {100 * recipe[-1]:.1f} % | {100 * evaluated[-1]:.1f} % | "
+        f"{reached[0] if reached else 'not reached'} | {hours_of(history):.1f} h on "
+        f"{history['machine']} |"
+    )
 
 
 def _between(text, name, lines):

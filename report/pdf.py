@@ -7,6 +7,7 @@ import hashlib
 import json
 import re
 import shutil
+import statistics
 import tempfile
 from pathlib import Path
 
@@ -16,13 +17,16 @@ import pypdf
 import typst
 from nbconvert import MarkdownExporter
 
-from training import read_history, write_whole
+from training import HISTORY_NAME, RECORD_FOLDERS, read_history, write_whole
 
 HERE = Path(__file__).parent
 SOURCES = ("template.typ", "filter.lua", "references.bib", "pdf.py")
 LISTINGS = (HERE.parent / "analysis.py", HERE.parent / "training.py")
 SPEED = HERE.parent / "bench" / "speed.json"
 GROWTH = HERE.parent / "bench" / "growth.svg"
+TRIALS = HERE.parent / "bench" / "trials"
+ABLATION = HERE.parent / "bench" / "ablation.svg"
+QUICK_HISTORY = HERE.parent / RECORD_FOLDERS["quick"] / HISTORY_NAME
 IMAGE_TYPES = {"image/svg+xml": "svg", "image/png": "png"}
 DEMO_KEYWORD = "demo data"
 DRAFT_KEYWORD = "draft"
@@ -64,8 +68,9 @@ def fingerprint(notebooks, history, student):
     """
     identity = student.surname, student.given_name, student.matriculation_number
     digest = hashlib.sha256(repr(identity).encode())
+    records = [SPEED, GROWTH, *sorted(TRIALS.glob("*.json")), ABLATION, QUICK_HISTORY]
     sources = [HERE / name for name in SOURCES]
-    for path in [*notebooks, history, SPEED, GROWTH, *LISTINGS, *sources]:
+    for path in [*notebooks, history, *records, *LISTINGS, *sources]:
         digest.update(path.read_bytes() if path.is_file() else b"")
     return digest.hexdigest()
 
@@ -146,6 +151,9 @@ def _facts(notebooks, history, student, provenance, demo):
         "demo": demo,
         "system_fonts": use_system_fonts(student),
         "speed": json.loads(SPEED.read_text(encoding="utf-8")) if has_speed else None,
+        "trials": _trials(),
+        "seeds": _seeds(),
+        "ablation": ABLATION.is_file(),
         "keywords": [*kinds, fingerprint(notebooks, history, student)],
         "points": _points([nbformat.read(n, as_version=4) for n in notebooks], history),
         "curve": None,
@@ -194,6 +202,71 @@ def _points(notebooks, history):
     return rows
 
 
+def _percent(accuracy):
+    return f"{100 * accuracy:.2f}"
+
+
+def _trials():
+    """Return the rows of the table of trials, by group, the best of each first."""
+    records = [
+        json.loads(path.read_text(encoding="utf-8")) for path in TRIALS.glob("*.json")
+    ]
+    trials = [record for record in records if "held_out_accs" in record]
+    trials.sort(key=lambda record: (-record["held_out_accs"][-1], record["name"]))
+    rows = {}
+    for record in trials:
+        rows.setdefault(record["group"], []).append(
+            {
+                "name": record["name"],
+                "batch": str(record["batch_size"]),
+                "lr": f"{record['lr']:g}",
+                "data": f"{record['epochs']} x {record['images']:,}",
+                "recipe": _percent(record["held_out_accs"][-1]),
+                "eval": _percent(record["held_out_accs_eval"][-1]),
+            }
+        )
+    return rows
+
+
+def _seeds():
+    """Return the rows of the table of quick runs, one per seed, and what they share."""
+    runs = [read_history(QUICK_HISTORY)] if QUICK_HISTORY.is_file() else []
+    runs += [
+        json.loads(path.read_text(encoding="utf-8"))
+        for path in sorted(TRIALS.glob("seeds-*.json"))
+    ]
+    if not runs:
+        return None
+    rows = []
+    for run in runs:
+        epochs = [n for n, accuracy in enumerate(run["val_accs"], 1) if accuracy >= 0.7]
+        last = run["val_accs"][-1], run["val_accs_eval"][-1]
+        reached = str(epochs[0]) if epochs else "not reached"
+        rows.append([str(run["seed"]), *map(_percent, last), reached])
+    if len(runs) > 1:
+        for name, what in (("mean", statistics.mean), ("spread", statistics.stdev)):
+            last = [
+                what(run[key][-1] for run in runs)
+                for key in ("val_accs", "val_accs_eval")
+            ]
+            rows.append([name, *map(_percent, last), ""])
+    shared = runs[0]
+    return {
+        "rows": rows,
+        "epochs": shared["n_epochs"],
+        "batch": shared["batch_size"],
+        "lr": f"{shared['lr']:g}",
+        "hours": f"{hours_of(shared):.1f}",
+        "machine": shared["machine"],
+    }
+
+
+def hours_of(history):
+    """Return how long a run takes, whatever one epoch in a sleeping machine took."""
+    seconds = history["epoch_seconds"]
+    return len(seconds) * statistics.median(seconds) / 3600
+
+
 def _typeset(notebooks, facts, **options):
     """Return what Typst makes of executed notebooks and the facts of the first page."""
     loaded = [nbformat.read(path, as_version=4) for path in notebooks]
@@ -203,8 +276,9 @@ def _typeset(notebooks, facts, **options):
         folder = Path(temporary)
         for name in SOURCES:
             shutil.copy(HERE / name, folder)
-        if facts["speed"]:
-            shutil.copy(GROWTH, folder)
+        for path in (GROWTH, ABLATION):
+            if path.is_file():
+                shutil.copy(path, folder)
         body, code = [], ["# Appendix: Code {#app-code}"]
         for path, notebook in zip(notebooks, loaded, strict=True):
             text, rest = to_markdown(notebook, folder, prefix=path.stem)
@@ -309,6 +383,22 @@ def _take_picture(outputs):
         content = base64.b64decode(content) if binary else content.encode()
         picture = IMAGE_TYPES[kind], content
     return picture, rest
+
+
+def find_picture(notebook, label):
+    """Return the content of the picture that a label names, or None.
+
+    Args:
+        notebook: an executed notebook.
+        label: as in the comment of the caption, behind the picture.
+    """
+    picture = None
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            picture, _ = _take_picture(cell.outputs)
+        elif re.search(rf"<!--\s*label:\s*{label}\s*-->", cell.source):
+            return picture[1] if picture else None
+    return None
 
 
 def _figure(caption, file_name):

@@ -12,6 +12,8 @@ import torch
 
 import report.demo
 import vision_transformer
+from report.identity import check_student
+from report.pdf import make_pdf
 
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(2)
@@ -71,6 +73,17 @@ def project(tmp_path):
     ignored = shutil.ignore_patterns("*.pdf", "__pycache__")
     shutil.copytree(ROOT / "report", folder / "report", ignore=ignored)
     return folder
+
+
+@pytest.fixture(scope="session")
+def report_pdf(tmp_path_factory):
+    """A PDF of the stored notebooks."""
+    target = tmp_path_factory.mktemp("pdf") / "report.pdf"
+    student = check_student("Müller-Lüdenscheidt", "Anna María", "12345678")
+    rows = [["attention.ipynb", "executed live"], ["training", "no finished run"]]
+    notebooks = [ROOT / "attention.ipynb", ROOT / "vision_transformer.ipynb"]
+    make_pdf(notebooks, ROOT / "none", student, rows, target)
+    return target
 
 
 # --- `make faults`: the tests marked fault(row), the slow ones included, as a table ---

@@ -2,12 +2,9 @@
 
 import math
 
-import matplotlib
 import pytest
 import torch
 from conftest import small_model
-
-matplotlib.use("Agg")
 
 import analysis
 from vision_transformer import VisionTransformer
@@ -110,32 +107,3 @@ def test_rollout_is_the_product_of_the_layers_from_the_last_to_the_first():
     torch.testing.assert_close(analysis.rollout(weights), torch.stack(rows))
     nothing = torch.eye(5).expand(3, 2, 4, 5, 5)
     assert analysis.rollout(nothing).abs().max() == 0
-
-
-def figures():
-    model = small_model(layers=2).eval()
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(4, 3, 32, 32, generator=generator)
-    logits = torch.randn(60, 10, generator=generator)
-    labels = torch.randint(10, (60,), generator=generator)
-    pixels = torch.randint(0, 256, (60, 32, 32, 3), generator=generator).byte().numpy()
-    classes = [f"class {number}" for number in range(10)]
-    weights = analysis.attention_weights(model, images)
-    return {
-        "architecture": analysis.plot_architecture(model),
-        "patches": analysis.plot_patches(images[0].sigmoid(), 4),
-        "confusion": analysis.plot_confusion(logits, labels, classes),
-        "calibration": analysis.plot_calibration(logits, labels),
-        "predictions": analysis.plot_predictions(pixels, logits, labels, classes),
-        "distance": analysis.plot_attention_distance(weights, 4),
-        "rollout": analysis.plot_rollout(pixels[:4], weights, classes[:4]),
-        "filters": analysis.plot_filters(model),
-        "positions": analysis.plot_position_similarity(model),
-    }
-
-
-def test_figures_are_drawn_and_fit_the_text():
-    for name, figure in figures().items():
-        assert figure.get_figwidth() <= analysis.WIDTH, name
-        figure.canvas.draw()
-    matplotlib.pyplot.close("all")

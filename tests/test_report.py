@@ -29,17 +29,8 @@ def text_of(path):
     return [page.extract_text() for page in pypdf.PdfReader(path).pages]
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """A PDF of the stored notebooks, made twice."""
-    folder = tmp_path_factory.mktemp("pdf")
-    for name in ("one.pdf", "two.pdf"):
-        pdf.make_pdf(NOTEBOOKS, ROOT / "none", STUDENT, ROWS, folder / name)
-    return folder / "one.pdf", folder / "two.pdf"
-
-
-def test_first_page_says_who_and_what(made):
-    first = text_of(made[0])[0]
+def test_first_page_says_who_and_what(report_pdf):
+    first = text_of(report_pdf)[0]
     for part in (
         "Exercise Sheet 11: Transformers",
         "Generative AI",
@@ -50,15 +41,15 @@ def test_first_page_says_who_and_what(made):
         "no finished run",
     ):
         assert part in first
-    contents = text_of(made[0])[1]
+    contents = text_of(report_pdf)[1]
     for part in ("Task 1: Self-Attention", "References", "Appendix: Code"):
         assert part in contents
     assert "DRAFT" not in first
     assert "DEMO" not in first
 
 
-def test_the_first_page_shows_where_the_points_are_earned(made):
-    pages = text_of(made[0])
+def test_the_first_page_shows_where_the_points_are_earned(report_pdf):
+    pages = text_of(report_pdf)
     first = " ".join(pages[0].split())
     assert sum(points for _, points, *_ in pdf.POINTS) == 20
     for what, points, section, _ in pdf.POINTS:
@@ -85,8 +76,8 @@ def test_the_points_are_read_from_the_record(tmp_path, monkeypatch):
         assert evidence[what] == "not shown: there is no record of it"
 
 
-def test_all_code_is_there_and_no_debris(made):
-    text = "\n".join(text_of(made[0]))
+def test_all_code_is_there_and_no_debris(report_pdf):
+    text = "\n".join(text_of(report_pdf))
     squeezed = re.sub(r"\s+", "", text)
     for script in ("attention.py", "vision_transformer.py"):
         code = (ROOT / script).read_text(encoding="utf-8")
@@ -100,8 +91,8 @@ def test_all_code_is_there_and_no_debris(made):
     assert "Dosovitskiy" in text
 
 
-def test_every_figure_is_numbered_and_captioned(made):
-    text = "\n".join(text_of(made[0]))
+def test_every_figure_is_numbered_and_captioned(report_pdf):
+    text = "\n".join(text_of(report_pdf))
     pictures = 0
     for path in NOTEBOOKS:
         for cell in nbformat.read(path, as_version=4).cells:
@@ -114,8 +105,8 @@ def test_every_figure_is_numbered_and_captioned(made):
     assert tables == [str(n) for n in range(1, len(tables) + 1)]
 
 
-def test_it_is_tagged_and_has_title_and_language(made):
-    reader = pypdf.PdfReader(made[0])
+def test_it_is_tagged_and_has_title_and_language(report_pdf):
+    reader = pypdf.PdfReader(report_pdf)
     root = reader.trailer["/Root"]
     assert root["/MarkInfo"]["/Marked"]
     assert root["/Lang"].startswith("en")
@@ -124,9 +115,9 @@ def test_it_is_tagged_and_has_title_and_language(made):
     assert root["/StructTreeRoot"]["/K"]
 
 
-def test_the_same_input_gives_the_same_bytes(made):
-    one, two = made
-    assert one.read_bytes() == two.read_bytes()
+def test_the_same_input_gives_the_same_bytes(report_pdf, tmp_path):
+    pdf.make_pdf(NOTEBOOKS, ROOT / "none", STUDENT, ROWS, tmp_path / "two.pdf")
+    assert (tmp_path / "two.pdf").read_bytes() == report_pdf.read_bytes()
 
 
 def test_drafts_and_demos_are_marked(tmp_path):
@@ -136,6 +127,40 @@ def test_drafts_and_demos_are_marked(tmp_path):
     assert "DRAFT" in first
     assert "DEMO DATA" in first
     assert {"draft", "demo data"} <= set(pdf.keywords(target))
+
+
+def test_the_appendix_shows_what_was_tried(report_pdf):
+    text = " ".join(" ".join(text_of(report_pdf)).split())
+    assert "Appendix: Trials" in text
+    tried = 0
+    for path in (ROOT / "bench" / "trials").glob("*.json"):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if "held_out_accs" in record:
+            last = (record[key][-1] for key in ("held_out_accs", "held_out_accs_eval"))
+            recipe, evaluated = (f"{100 * accuracy:.2f}" for accuracy in last)
+            row = f"{record['epochs']} x {record['images']:,} {recipe} {evaluated}"
+            assert row in text, path.name
+            tried += 1
+    assert tried >= 6
+
+
+def test_seeds_are_read_from_the_records(tmp_path, monkeypatch):
+    monkeypatch.setattr(pdf, "TRIALS", tmp_path)
+    monkeypatch.setattr(pdf, "QUICK_HISTORY", tmp_path / "history.json")
+    assert pdf._seeds() is None
+    run = {**training.QUICK, "epoch_seconds": [600, 600, 9000], "machine": "a machine"}
+    for seed, accuracies in ((1, [0.6, 0.71, 0.7]), (2, [0.5, 0.6, 0.68])):
+        facts = {**run, "seed": seed, "val_accs": accuracies, "val_accs_eval": [0.75]}
+        path = tmp_path / f"seeds-{seed}.json"
+        path.write_text(json.dumps(facts), encoding="utf-8")
+    seeds = pdf._seeds()
+    assert seeds["rows"] == [
+        ["1", "70.00", "75.00", "2"],
+        ["2", "68.00", "75.00", "not reached"],
+        ["mean", "69.00", "75.00", ""],
+        ["spread", "1.41", "0.00", ""],
+    ]
+    assert seeds["hours"] == "0.5", "a night of sleep does not count"
 
 
 # --- The ZIP -------------------------------------------------------------------------
@@ -389,7 +414,8 @@ def test_without_data_the_report_takes_recorded_outputs(project):
     first = " ".join(text_of(made)[0].split())
     assert "vision_transformer.ipynb outputs as recorded" in first
     assert "attention.ipynb executed live" in first
-    if not (project / training.RECORD_FOLDERS["default"] / "history.json").is_file():
+    records = training.RECORD_FOLDERS.values()
+    if not any((project / folder / "history.json").is_file() for folder in records):
         assert "build" in made.relative_to(project).parts
         for name, content in before.items():
             assert (project / name).read_bytes() == content

@@ -6,10 +6,19 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, small_model
+
+import training
 
 sys.path.insert(0, str(ROOT / "bench"))
 import trials
+
+QUICK_DEMO = {
+    **training.QUICK,
+    "dataset": "DemoCIFAR10",
+    "n_epochs": 2,
+    "batch_size": 20,
+}
 
 
 @pytest.mark.parametrize("trial", trials.TRIALS, ids=lambda t: f"{t.group} {t.name}")
@@ -24,8 +33,45 @@ def test_a_record_is_of_the_trial_that_is_listed(trial):
 
 def test_every_record_is_listed():
     files = {path for path in trials.FOLDER.iterdir() if path.suffix == ".json"}
-    assert files <= {trial.path for trial in trials.TRIALS}
+    seeds = {trials.seed_path(seed) for seed in trials.SEEDS}
+    assert files <= {trial.path for trial in trials.TRIALS} | seeds
     assert files
+
+
+@pytest.mark.parametrize("seed", trials.SEEDS)
+def test_a_record_of_a_seed_is_a_whole_quick_run(seed):
+    if not trials.seed_path(seed).is_file():
+        pytest.skip("not run yet")
+    record = json.loads(trials.seed_path(seed).read_text(encoding="utf-8"))
+    settings = {**training.QUICK, "seed": seed}
+    assert {key: record[key] for key in settings} == settings
+    assert len(record["val_accs"]) == training.QUICK["n_epochs"]
+
+
+def test_the_figure_of_the_ablations_is_that_of_the_records(monkeypatch, tmp_path):
+    done = [t for t in trials.TRIALS if t.group == "ablation" and t.path.exists()]
+    assert trials.ABLATION_FIGURE.is_file() == bool(done)
+    trial = next(t for t in trials.TRIALS if t.name == "one head")
+    monkeypatch.setattr(trials, "FOLDER", tmp_path)
+    monkeypatch.setattr(trials, "ABLATION_FIGURE", tmp_path / "ablation.svg")
+    trials.draw()
+    assert not trials.ABLATION_FIGURE.exists(), "nothing is drawn of nothing"
+    record = {"name": "one head", "held_out_accs": [0.4], "held_out_accs_eval": [0.5]}
+    trial.path.write_text(json.dumps(record), encoding="utf-8")
+    trials.draw()
+    assert trials.ABLATION_FIGURE.read_bytes().startswith(b"<?xml")
+
+
+def test_a_seed_is_run_by_the_recipe_and_continues(demo_data, workplace, monkeypatch):
+    monkeypatch.setattr(trials, "QUICK", QUICK_DEMO)
+    seeded = lambda: small_model(torch.initial_seed())  # noqa: E731
+    monkeypatch.setattr(trials, "default", seeded)
+    record = trials.run_seed(1, "data", torch.device("cpu"))
+    assert (record["seed"], len(record["val_accs"])) == (1, 2)
+    assert "train_losses" not in record
+    assert trials.run_seed(1, "data", torch.device("cpu")) == record, "it is kept"
+    other = trials.run_seed(2, "data", torch.device("cpu"))
+    assert other["weights_sha256"] != record["weights_sha256"]
 
 
 @pytest.mark.parametrize("make", sorted({trial.make for trial in trials.TRIALS}))
