@@ -79,7 +79,8 @@ from attention import (
 # ## The building blocks
 #
 # An encoder block applies two operations in turn, each behind a layer norm (pre-norm)
-# and inside a residual connection (Eq. 2 and 3 of
+# and inside a residual connection (as introduced by
+# [He et al., 2016](https://arxiv.org/abs/1512.03385); here Eq. 2 and 3 of
 # [Dosovitskiy et al., 2021](https://arxiv.org/abs/2010.11929)):
 #
 # $$z' = \operatorname{MSA}(\operatorname{LN}(z)) + z, \qquad
@@ -289,6 +290,13 @@ class SelfAttentionTransformerBlock(nn.Module):
 # a learned embedding says where each of them was, and a learned class token joins in
 # front (Eq. 1 of the paper). After the last block the class token, normalised once
 # more, is all that the linear classification head sees (Eq. 4).
+#
+# The exercise leaves open how the linear layers start. Here their weights are uniform
+# with the variance of
+# [Glorot and Bengio, 2010](https://proceedings.mlr.press/v9/glorot10a.html), their
+# biases zero, and the patch embedding three times larger than that: positions start
+# with variance 1, as the exercise says, and would drown what the patches show. Both
+# were chosen by short runs on held-out training images, never on the test images.
 
 
 # %%
@@ -618,12 +626,14 @@ LR = 3e-4
 N_EPOCHS = 50
 
 # %% [markdown]
-# The provided recipe, step for step. Training images are flipped and cropped at
-# random; the test split serves as the validation set. After every epoch the accuracy
-# over the whole validation set is measured **as the recipe does it: without
-# `model.eval()`**, so dropout stays active and the figure lies below what the model
-# can do. The accuracy in evaluation mode is recorded beside it; measuring it draws no
-# random number that the recipe would have drawn.
+# The provided recipe, step for step, on CIFAR-10
+# ([Krizhevsky, 2009](https://www.cs.toronto.edu/~kriz/learning-features-2009-TR.pdf)):
+# 50,000 training and 10,000 test images of 32 x 32 pixels in ten classes. Training
+# images are flipped and cropped at random; the test split serves as the validation set.
+# After every epoch the accuracy over the whole validation set is measured **as the
+# recipe does it: without `model.eval()`**, so dropout stays active and the figure lies
+# below what the model can do. The accuracy in evaluation mode is recorded beside it;
+# measuring it draws no random number that the recipe would have drawn.
 
 # %% tags=["appendix"]
 SEED = 0  # of the initial weights, the shuffling, the augmentation and the dropout
@@ -1025,8 +1035,9 @@ def verify(model, history, cache_dir, device):
 
 # %% [markdown] tags=["caption"]
 # **Figure.** Left: reliability diagram, the share of right predictions against the
-# confidence (largest probability) of the predictions, in ten bins. Right: how many of
-# the test images have which confidence.
+# confidence (largest probability) of the predictions, in ten bins, after
+# [Guo et al., 2017](https://arxiv.org/abs/1706.04599). Right: how many of the test
+# images have which confidence.
 # <!-- label: fig-calibration -->
 # <!-- alt: The reliability curve of the model beside the diagonal of perfect
 # calibration, and a bar chart of the confidences. -->
@@ -1101,9 +1112,9 @@ def verify(model, history, cache_dir, device):
 #     analysis.plot_rollout(pixels[first], weights, titles)
 
 # %% [markdown] tags=["caption"]
-# **Figure.** The first test image of eight classes, and attention rollout (Abnar and
-# Zuidema, 2020): how much of each patch reaches the class token through all blocks,
-# from dark (little) to bright (much).
+# **Figure.** The first test image of eight classes, and attention rollout as in
+# [Abnar and Zuidema, 2020](https://arxiv.org/abs/2005.00928): how much of each patch
+# reaches the class token through all blocks, from dark (little) to bright (much).
 # <!-- label: fig-rollout -->
 # <!-- alt: Eight images in a row, and under each a heat map of eight by eight
 # patches. -->
@@ -1113,6 +1124,21 @@ def verify(model, history, cache_dir, device):
 # a convolution, attention is free to do both. Rollout follows the weights only, not
 # what the values carry, so it shows where information could come from and is no proof
 # that it did.
+
+# %% [markdown]
+# ## Limits, and what one would do next
+#
+# - The recipe validates on the test split. Nothing was chosen by it here, neither a
+#   setting nor an epoch to stop at; otherwise the accuracy would flatter the model.
+# - The learning rate is constant, so the weights never settle, and the last epoch is
+#   one draw from a scatter. Warming up and decaying to zero would come first.
+# - A Vision Transformer has to learn what a convolution is given: that neighbouring
+#   pixels belong together, and that an object may be anywhere.
+#   [Dosovitskiy et al., 2021](https://arxiv.org/abs/2010.11929) make up for it by
+#   pre-training on far more images. With 50,000, more augmentation and weight decay,
+#   which the recipe does without, are the next things to try.
+# - One run is one draw of weights, order and crops. How far other seeds scatter stands
+#   in the appendix, as far as it was recorded.
 
 # %% [markdown]
 # ## As a script

@@ -4,6 +4,11 @@
 local citations = {
   ["https://arxiv.org/abs/1706.03762"] = "vaswani2017",
   ["https://arxiv.org/abs/2010.11929"] = "dosovitskiy2021",
+  ["https://arxiv.org/abs/1512.03385"] = "he2016",
+  ["https://proceedings.mlr.press/v9/glorot10a.html"] = "glorot2010",
+  ["https://arxiv.org/abs/1706.04599"] = "guo2017",
+  ["https://arxiv.org/abs/2005.00928"] = "abnar2020",
+  ["https://www.cs.toronto.edu/~kriz/learning-features-2009-TR.pdf"] = "krizhevsky2009",
 }
 
 local function typst_string(text)
