@@ -452,7 +452,9 @@ def table(record):
 def plot_growth(record):
     """Plot how time and memory of a training step grow; return the figure."""
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator
 
+    plt.rcParams["font.size"] = 9  # as the captions of the report
     figure, axes = plt.subplots(1, 2, figsize=(6.4, 2.6), layout="constrained")
     for ax, (key, label) in zip(
         axes,
@@ -472,7 +474,11 @@ def plot_growth(record):
         twin.set_ylabel("peak memory / MiB (dashed)")
         ax.set_xlabel(label)
         ax.set_xticks(sizes, [str(size) for size in sizes])
+        for axis in (ax.yaxis, twin.yaxis):
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.set_major_formatter("{x:g}")
         ax.minorticks_off()
+        twin.minorticks_off()
         ax.grid(alpha=0.3)
     return figure
 

@@ -278,6 +278,7 @@ def plot_ablations(records):
     """
     import matplotlib.pyplot as plt
 
+    plt.rcParams["font.size"] = 9  # as the captions of the report
     records = sorted(records, key=lambda record: record["held_out_accs_eval"][-1])
     names = [
         "as handed in" if record["name"] == "default" else record["name"]
@@ -309,11 +310,10 @@ def draw():
     trials = [t for t in TRIALS if t.group == "ablation" and t.path.exists()]
     if not trials:
         return
-    settings = {"font.size": 9, "svg.hashsalt": "ablation", "savefig.format": "svg"}
-    matplotlib.rcParams.update(settings)
+    matplotlib.rcParams["svg.hashsalt"] = "ablation"  # the same bytes each time
     records = [json.loads(t.path.read_text(encoding="utf-8")) for t in trials]
     buffer = io.BytesIO()
-    plot_ablations(records).savefig(buffer, metadata={"Date": None})
+    plot_ablations(records).savefig(buffer, format="svg", metadata={"Date": None})
     write_whole(ABLATION_FIGURE, buffer.getvalue())
 
 

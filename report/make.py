@@ -25,7 +25,7 @@ COMMANDS = {
     "zip": "make dist/Surname-MatriculationNumber.zip, ready for Moodle",
     "bench": "measure speed and memory beside other implementations, 10 minutes",
     "verify": "validate the recorded weights on the test images again",
-    "readme": "renew the README's picture and table from report and record",
+    "readme": "renew the README's pictures and tables from report and records",
     "lab": "open JupyterLab on the notebooks",
     "clean": "remove build/, dist/ and caches; never data, .venv or training runs",
 }
