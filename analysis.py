@@ -439,7 +439,8 @@ def plot_attention_distance(weights, patch_size):
     even = even_distance(weights.shape[-1] - 1, patch_size)
     ax.axhline(even, linestyle=":", color=GREY, label="even attention")
     ax.set(xlabel="encoder block", ylabel="attention distance / pixels")
-    ax.set(ylim=(0, 1.3 * even), xticks=layers)
+    ax.set(xticks=layers)
+    ax.margins(y=0.25)
     ax.grid(alpha=0.3)
     ax.legend(fontsize=8, ncols=3, loc="upper left")
     return figure
@@ -494,56 +495,96 @@ def plot_rollout(images, weights, titles):
     return figure
 
 
-def plot_filters(model, number=28):
-    """Draw the first principal components of the patch embedding, as patches.
+def plot_filters(model, start, number=14):
+    """Draw principal components of the patch embedding, and of what training changed.
 
-    Dosovitskiy et al. (2021), Fig. 7 (left).
+    Dosovitskiy et al. (2021), Fig. 7 (left), and the same of the difference to the
+    initial weights, in which their noise is gone.
 
     Args:
         model: a ``VisionTransformer`` with three channels.
-        number: how many components to draw.
+        start: the same model before training.
+        number: how many components to draw of each.
 
     Returns:
         The matplotlib figure.
     """
-    weight = model.patch_embedding.weight.detach().cpu()  # (D, p * p * C)
-    _, _, components = torch.linalg.svd(weight - weight.mean(dim=0))
+    trained, initial = (
+        each.patch_embedding.weight.detach().cpu() for each in (model, start)
+    )  # (D, p * p * C)
     size = model.patch_size
-    pictures = rearrange(components[:number], "n (p q C) -> n p q C", p=size, q=size)
-    figure, axes = plt.subplots(
-        4, number // 4, figsize=(4.6, 2.9), layout="constrained"
-    )
-    for index, (ax, picture) in enumerate(zip(axes.flat, pictures, strict=True), 1):
-        ax.imshow(0.5 + 0.5 * picture / picture.abs().max())
-        ax.set(xticks=[], yticks=[])
-        ax.set_xlabel(str(index), size=7, labelpad=1)
+    figure = plt.figure(figsize=(WIDTH, 3), layout="constrained")
+    panels = figure.subfigures(2, 1)
+    for panel, weight, title in zip(
+        panels, (trained, trained - initial), ("trained", "changed"), strict=True
+    ):
+        _, _, components = torch.linalg.svd(weight - weight.mean(dim=0))
+        pictures = rearrange(
+            components[:number], "n (p q C) -> n p q C", p=size, q=size
+        )
+        axes = panel.subplots(2, number // 2)
+        for index, (ax, picture) in enumerate(zip(axes.flat, pictures, strict=True), 1):
+            ax.imshow((0.5 + 0.5 * picture / picture.abs().max()).numpy())
+            ax.set(xticks=[], yticks=[])
+            ax.set_xlabel(str(index), size=7, labelpad=1)
+        panel.supylabel(title, size=9)
     return figure
 
 
-def plot_position_similarity(model):
-    """Draw how alike the positional embeddings are, for each patch with all others.
+def position_similarity(position):
+    """Return the cosine similarities of positional embeddings, (L, L).
 
-    Dosovitskiy et al. (2021), Fig. 7 (centre).
+    Args:
+        position: the embeddings, (L, D).
+    """
+    unit = position / position.norm(dim=-1, keepdim=True)
+    return unit @ unit.T
+
+
+def plot_position_similarity(model, start):
+    """Draw how alike the positional embeddings are, and what training changed in them.
+
+    Dosovitskiy et al. (2021), Fig. 7 (centre), and the same of the difference to the
+    initial embeddings, in which their noise is gone.
 
     Args:
         model: a ``VisionTransformer``.
+        start: the same model before training.
 
     Returns:
         The matplotlib figure.
     """
-    position = model.position_embedding.detach().cpu()[0]
-    unit = position / position.norm(dim=-1, keepdim=True)
-    similarity = unit @ unit.T
-    side = round(len(position) ** 0.5)
-    off_diagonal = similarity - torch.eye(len(position))
-    limit = off_diagonal.abs().max().item()
-    figure, axes = plt.subplots(side, side, figsize=(4.8, 4.2), layout="constrained")
-    for ax, row in zip(axes.flat, similarity, strict=True):
-        drawn = ax.imshow(
-            row.reshape(side, side), cmap="RdBu_r", vmin=-limit, vmax=limit
+    trained, initial = (
+        each.position_embedding.detach().cpu() for each in (model, start)
+    )
+    figure = plt.figure(figsize=(WIDTH, 3.5), layout="constrained")
+    panels = figure.subfigures(1, 2)
+    for panel, position, title in zip(
+        panels,
+        (trained[0], (trained - initial)[0]),
+        ("trained", "changed by training"),
+        strict=True,
+    ):
+        similarity = position_similarity(position)
+        side = round(len(position) ** 0.5)
+        others = similarity - torch.diag(similarity.diag())
+        limit = others.abs().max().item()
+        axes = panel.subplots(side, side)
+        for ax, row in zip(axes.flat, similarity, strict=True):
+            drawn = ax.imshow(
+                row.reshape(side, side).numpy(), cmap="RdBu_r", vmin=-limit, vmax=limit
+            )
+            ax.set(xticks=[], yticks=[])
+        panel.suptitle(title, size=9.5)
+        panel.supylabel("patch row", size=9)
+        # Between the two maps in the middle, above the scale
+        axes[-1, side // 2 - 1].set_xlabel("patch column", size=9, x=1.1)
+        panel.colorbar(
+            drawn,
+            ax=axes,
+            label="cosine similarity",
+            extend="max",
+            location="bottom",
+            shrink=0.8,
         )
-        ax.set(xticks=[], yticks=[])
-    figure.supxlabel("patch column", size=9)
-    figure.supylabel("patch row", size=9)
-    figure.colorbar(drawn, ax=axes, label="cosine similarity", extend="max")
     return figure

@@ -1063,31 +1063,44 @@ def verify(model, history, cache_dir, device):
 
 # %% tags=["active-ipynb"]
 # if shows:
-#     analysis.plot_filters(model)
+#     torch.manual_seed(run.settings["seed"])
+#     start = VisionTransformer()  # the model before training
+#     for name in ("patch_embedding.weight", "position_embedding"):
+#         before = start.get_parameter(name)
+#         change = model.get_parameter(name).cpu() - before
+#         share = 100 * (change.norm() / before.norm()).item()
+#         print(f"{name}: changed by {share:.1f} % of its norm")
+#     analysis.plot_filters(model, start)
 
 # %% [markdown] tags=["caption"]
-# **Figure.** The first 28 principal components of the filters of the patch embedding,
-# most important first (after Dosovitskiy et al., 2021, Fig. 7, left).
+# **Figure.** Principal components of the filters of the patch embedding, most important
+# first (after Dosovitskiy et al., 2021, Fig. 7, left): of the trained filters (above),
+# and of what training changed in them (below).
 # <!-- label: fig-filters -->
-# <!-- alt: Twenty-eight small coloured squares of four by four pixels in four rows. -->
+# <!-- alt: Twice fourteen small coloured squares of four by four pixels. Above they
+# look like noise. Below, the first are plain colours, and the next run smoothly from
+# one brightness or colour to another. -->
 
 # %% tags=["active-ipynb"]
 # if shows:
-#     analysis.plot_position_similarity(model)
+#     analysis.plot_position_similarity(model, start)
 
 # %% [markdown] tags=["caption"]
 # **Figure.** Cosine similarity of the positional embedding of each patch (one small map
 # each, in the order of the image) with those of all patches (after Dosovitskiy et al.,
-# 2021, Fig. 7, centre). The similarity with itself, 1, is beyond the scale.
+# 2021, Fig. 7, centre): of the trained embeddings (left), and of what training changed
+# in them (right). The similarity with itself, 1, is beyond the scale.
 # <!-- label: fig-positions -->
-# <!-- alt: Eight by eight small maps of eight by eight squares, coloured from blue
-# (opposite) to red (alike). -->
+# <!-- alt: Two grids of eight by eight small maps. On the left all maps look like noise
+# around zero. On the right each map is red around the place of its patch, and blue far
+# away from it. -->
 
 # %% [markdown]
-# In filters one looks for colours, edges and stripes, in positions for smooth
-# neighbourhoods: the authors found both. Positions have less to learn here. They start
-# as noise of variance 1, as the exercise prescribes; random directions are nearly
-# orthogonal, and so already easy to tell apart.
+# The authors found colours, edges and smooth neighbourhoods. At first sight none of it
+# is here: filters and positions start as noise, which training moves by little. But
+# what training changed shows it all: first plain colours, then transitions between them
+# in all directions; and positions that moved the way their neighbours did. The noise
+# does no harm, since random directions are nearly orthogonal and so easy to tell apart.
 
 # %% tags=["active-ipynb"]
 # if shows:

@@ -107,3 +107,10 @@ def test_rollout_is_the_product_of_the_layers_from_the_last_to_the_first():
     torch.testing.assert_close(analysis.rollout(weights), torch.stack(rows))
     nothing = torch.eye(5).expand(3, 2, 4, 5, 5)
     assert analysis.rollout(nothing).abs().max() == 0
+
+
+def test_similarity_of_known_positions():
+    position = torch.tensor([[1.0, 0.0], [0.0, 2.0], [-3.0, 0.0], [1.0, 1.0]])
+    similarity = analysis.position_similarity(position)
+    assert similarity[0].tolist() == pytest.approx([1, 0, -1, 0.5**0.5])
+    torch.testing.assert_close(similarity, similarity.T)

@@ -49,7 +49,7 @@ WITHOUT_UNIT = {
 def drawn():
     """Draw every figure of the project from small or random input, by name."""
     torch.manual_seed(0)
-    model = small_model(layers=2).eval()
+    model, start = small_model(layers=2).eval(), small_model(seed=1)
     images = torch.randn(4, 3, 32, 32)
     logits, labels = torch.randn(60, 10), torch.randint(10, (60,))
     pixels = torch.randint(0, 256, (60, 32, 32, 3)).byte().numpy()
@@ -77,8 +77,8 @@ def drawn():
         analysis.plot_predictions: (pixels, logits, labels, classes),
         analysis.plot_attention_distance: (weights, 4),
         analysis.plot_rollout: (pixels[:4], weights, classes[:4]),
-        analysis.plot_filters: (model,),
-        analysis.plot_position_similarity: (model,),
+        analysis.plot_filters: (model, start),
+        analysis.plot_position_similarity: (model, start),
         speed.plot_growth: ({"growth": growth},),
         trials.plot_ablations: ([{"name": n, **trial} for n in ("default", "x")],),
     }
