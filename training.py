@@ -45,7 +45,7 @@ DEFAULTS = {
     "seed": 0,
 }
 # For those without a GPU: `make report PRESET=quick`
-QUICK = {**DEFAULTS, "batch_size": 64, "lr": 3e-4, "n_epochs": 12}
+QUICK = {**DEFAULTS, "batch_size": 64, "lr": 3e-4, "n_epochs": 18}
 PRESETS = {"default": DEFAULTS, "quick": QUICK}
 RECORD_FOLDERS = {"default": Path("report", "run"), "quick": Path("report", "quick")}
 RUNS_FOLDER = Path("build", "runs")

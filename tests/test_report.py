@@ -399,6 +399,43 @@ def test_the_readme_shows_what_the_records_say(monkeypatch):
     assert shown <= set(make.COMMANDS)
 
 
+def test_the_readme_shows_runs_and_curve_once_they_are_recorded(workplace, monkeypatch):
+    for path in (build.README, build.COSTS, build.SPEED):
+        path.parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / path, path)
+    before = build.with_records(build.README.read_text("utf-8"))
+    assert before.count("not recorded yet") == 2
+    assert "accuracy.svg" not in before.partition("## Two commands")[0]
+    quick = training.RECORD_FOLDERS["quick"] / training.HISTORY_NAME
+    quick.parent.mkdir(parents=True)
+    quick.write_text("{}", encoding="utf-8")
+    build.CURVE.write_text("<svg/>", encoding="utf-8")
+    record = {"val_accs": [0.6, 0.711, 0.705], "val_accs_eval": [0.723]}
+    record |= {"epoch_seconds": [3600, 3600, 9000], "machine": "a machine"}
+    monkeypatch.setattr(build, "read_history", lambda _: record)
+    after = build.with_records(before)
+    assert "| 70.5 % | 72.3 % | 2 | 3.0 h on a machine |" in after
+    assert after.count("not recorded yet") == 1
+    assert '<img src="report/accuracy.svg"' in after
+    assert build.with_records(after) == after
+
+
+def test_a_picture_is_found_by_its_label():
+    notebook = nbformat.v4.new_notebook()
+    for name in ("one", "two"):
+        data = {"image/svg+xml": f"<svg>{name}</svg>"}
+        output = nbformat.v4.new_output("display_data", data=data)
+        caption = f"**Figure.** X.\n<!-- label: fig-{name} -->"
+        notebook.cells += [
+            nbformat.v4.new_code_cell("x", outputs=[output]),
+            nbformat.v4.new_markdown_cell(caption),
+        ]
+    assert pdf.find_picture(notebook, "fig-two") == b"<svg>two</svg>"
+    assert pdf.find_picture(notebook, "fig-three") is None
+    notebook.cells[0].outputs = []
+    assert pdf.find_picture(notebook, "fig-one") is None
+
+
 def test_without_data_the_report_takes_recorded_outputs(project):
     before = {name: (project / name).read_bytes() for name in ("attention.ipynb",)}
     (project / "data").mkdir()
