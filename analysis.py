@@ -495,6 +495,27 @@ def plot_rollout(images, weights, titles):
     return figure
 
 
+def likeness(model, start):
+    """Return how alike patch embedding and positions are to what they were at first.
+
+    Args:
+        model: a ``VisionTransformer``.
+        start: the same model before training.
+
+    Returns:
+        A dict from what is compared to its cosine similarity with the initial values.
+    """
+
+    def compare(name):
+        pair = (each.get_parameter(name).detach().cpu() for each in (model, start))
+        return torch.cosine_similarity(*(p.flatten() for p in pair), dim=0).item()
+
+    return {
+        "patch embedding": compare("patch_embedding.weight"),
+        "positions": compare("position_embedding"),
+    }
+
+
 def plot_filters(model, start, number=14):
     """Draw principal components of the patch embedding, and of what training changed.
 

@@ -43,6 +43,7 @@ TRANSFORMER = Path("vision_transformer.ipynb")
 BUILD = Path("build")
 README = Path("README.md")
 COSTS = Path("report", "costs.json")
+FIRST_PAGE = Path("report", "first-page.png")
 CURVE = Path("report", "accuracy.svg")
 SPEED = Path("bench", "speed.json")
 ATTENTION_SECONDS = 600  # a cell that takes longer hangs
@@ -249,10 +250,12 @@ def readme(student):
     history = run.record_folder / HISTORY_NAME
     rows = [*_provenance(how), ["training", _training_row(run, history)]]
     rows.append(["data set", _data_row(demo=False)])
-    make_picture(paths, history, student, rows, Path("report", "first-page.png"))
+    make_picture(paths, history, student, rows, FIRST_PAGE)
     curve = find_picture(how[TRANSFORMER][0], "fig-validation-accuracy")
     if curve:
         write_whole(CURVE, curve)
+    else:
+        CURVE.unlink(missing_ok=True)
     text = README.read_text(encoding="utf-8")
     write_whole(README, with_records(text).encode())
 
@@ -294,12 +297,7 @@ def with_records(readme):
     ]
     readme = _between(readme, "speed", rows)
 
-    picture = (
-        f'<img src="{CURVE.as_posix()}" alt="Validation accuracy in percent against '
-        "epochs, as the recipe measures it and in evaluation mode, with marks at 25, "
-        '50 and 70 percent" width="480">'
-    )
-    readme = _between(readme, "curve", [picture] if CURVE.is_file() else [])
+    readme = _between(readme, "pictures", _pictures())
 
     rows = [
         "| run | validation accuracy by the recipe | `model.eval()` | 70 % in epoch | "
@@ -308,6 +306,29 @@ def with_records(readme):
         *(_run_row(name) for name in PRESETS),
     ]
     return _between(readme, "runs", rows)
+
+
+def _pictures():
+    """Return the README's lines that show the first page and the accuracy."""
+    curve = CURVE.is_file()
+    what = "title, identity, the table of the sheet's points with page and evidence, "
+    what += "the accuracy curve, " * curve + "and what was executed where and when"
+    lines = [
+        f'<img src="{FIRST_PAGE.as_posix()}" alt="First page of the report: {what}" '
+        'width="420">'
+    ]
+    if curve:
+        s = PRESETS[handed_in()]
+        lines += [
+            "",
+            f'<img src="{CURVE.as_posix()}" alt="Validation accuracy in percent '
+            "against epochs, as the recipe measures it and in evaluation mode, with "
+            'marks at 25, 50 and 70 percent" width="480">',
+            "",
+            f"The recorded run: {s['n_epochs']} epochs, batches of {s['batch_size']}, "
+            f"learning rate {s['lr']:g}.",
+        ]
+    return lines
 
 
 def _run_row(preset):

@@ -114,3 +114,9 @@ def test_similarity_of_known_positions():
     similarity = analysis.position_similarity(position)
     assert similarity[0].tolist() == pytest.approx([1, 0, -1, 0.5**0.5])
     torch.testing.assert_close(similarity, similarity.T)
+
+
+def test_likeness_tells_the_beginning_from_another_model():
+    model, other = small_model(), small_model(seed=1)
+    assert min(analysis.likeness(model, small_model()).values()) > 0.9999
+    assert max(map(abs, analysis.likeness(model, other).values())) < 0.1

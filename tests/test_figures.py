@@ -80,7 +80,9 @@ def drawn():
         analysis.plot_filters: (model, start),
         analysis.plot_position_similarity: (model, start),
         speed.plot_growth: ({"growth": growth},),
-        trials.plot_ablations: ([{"name": n, **trial} for n in ("default", "x")],),
+        trials.plot_ablations: (
+            [{"make": n, "name": n, **trial} for n in ("default", "x")],
+        ),
     }
 
 
@@ -89,27 +91,31 @@ FIGURES = {function.__name__: (function, given) for function, given in drawn().i
 
 def problems(figure):
     """Return what a reader of a figure would miss, as a list of sentences."""
-    found = []
-    labels = [figure.get_supxlabel(), figure.get_supylabel()]
-    labels = [label for label in labels if label]
+    found, labels = [], []
+    for part in [figure, *subfigures(figure)]:
+        if any(len(ax.get_xticks()) + len(ax.get_yticks()) for ax in part.axes):
+            labels += filter(None, [part.get_supxlabel(), part.get_supylabel()])
     for ax in figure.axes:
         for axis, name in ((ax.xaxis, "x"), (ax.yaxis, "y")):
             label = axis.get_label().get_text()
-            labels += [label] if label else []
-            has_scale = ax.axison and axis.get_visible() and len(axis.get_ticklocs())
+            has_ticks = len(axis.get_ticklocs())  # without any, it names a picture
+            labels += [label] if label and has_ticks else []
+            has_scale = ax.axison and axis.get_visible() and has_ticks
             if has_scale and not (label or label_of_neighbours(ax, name)):
                 found.append(f"an {name} axis with a scale has no label")
         if len(ax.lines) > 1 and ax.axison and not (ax.get_legend() or is_twin(ax)):
             found.append("several curves, but no legend")
-    scaled = [label for label in labels if label not in WITHOUT_UNIT]
-    rows = [ax.get_ylabel() for ax in figure.axes if not len(ax.get_yticks())]
-    names = [ax.get_xlabel() for ax in figure.axes if not len(ax.get_xticks())]
     found += [
         f"{label!r} names no unit"
-        for label in scaled
-        if " / " not in label and label not in [*rows, *names]
+        for label in labels
+        if " / " not in label and label not in WITHOUT_UNIT
     ]
     return found
+
+
+def subfigures(figure):
+    """Return the subfigures of a figure, theirs as well."""
+    return [each for part in figure.subfigs for each in (part, *subfigures(part))]
 
 
 def label_of_neighbours(ax, name):
@@ -170,6 +176,11 @@ def test_a_figure_without_label_unit_or_legend_is_found():
         "several curves, but no legend",
         "'time' names no unit",
     ]
+    figure = plt.figure()
+    part = figure.subfigures(1, 2)[1].subfigures(2, 1)[0]
+    part.subplots().set(xlabel="speed", ylabel="speed", yticks=[])
+    part.supxlabel("length")
+    assert problems(figure) == ["'length' names no unit", "'speed' names no unit"]
 
 
 # --- Captions and alternative texts --------------------------------------------------

@@ -144,6 +144,48 @@ def test_the_appendix_shows_what_was_tried(report_pdf):
     assert tried >= 6
 
 
+def test_the_appendix_shows_ablations_and_seeds_once_they_are_recorded(
+    tmp_path, monkeypatch
+):
+    shutil.copytree(ROOT / "bench" / "trials", tmp_path / "trials")
+    monkeypatch.setattr(pdf, "TRIALS", tmp_path / "trials")
+    monkeypatch.setattr(pdf, "ABLATION", tmp_path / "ablation.svg")
+    monkeypatch.setattr(pdf, "QUICK_HISTORY", tmp_path / "history.json")
+    for path in pdf.TRIALS.glob("[as]*-*.json"):
+        if path.name.startswith(("ablation", "seeds")):
+            path.unlink()
+    target = tmp_path / "x.pdf"
+
+    def appendix():
+        pdf.make_pdf(NOTEBOOKS, tmp_path / "none", STUDENT, ROWS, target)
+        return " ".join(" ".join(text_of(target)).split())
+
+    text = appendix()
+    assert "What was tried" in text
+    assert "Ablations:" not in text
+    assert "The ablations, best on top" not in text
+    assert "Quick runs" not in text
+
+    stored = next(pdf.TRIALS.glob("init-*.json")).read_text(encoding="utf-8")
+    one_head = {**json.loads(stored), "group": "ablation", "name": "one head"}
+    one_head |= {"make": "one_head", "held_out_accs": [0.4321]}
+    (pdf.TRIALS / "ablation-one-head.json").write_text(json.dumps(one_head))
+    pdf.ABLATION.write_text(
+        '<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>'
+    )
+    run = {**training.QUICK, "epoch_seconds": [600], "machine": "a machine", "seed": 7}
+    run |= {"val_accs": [0.7123], "val_accs_eval": [0.7345]}
+    seed = pdf.TRIALS / "seeds-7.json"
+    seed.write_text(json.dumps(run))
+    text = appendix()
+    assert re.search(r"as handed in 64 .* one head 64 .* 43\.21", text)
+    assert "The ablations, best on top" in text
+    assert "7 71.23 73.45 1" in text
+    assert "the spread is" not in text
+    seed.with_name("seeds-8.json").write_text(json.dumps({**run, "seed": 8}))
+    assert "the spread is the sample standard deviation" in appendix()
+
+
 def test_seeds_are_read_from_the_records(tmp_path, monkeypatch):
     monkeypatch.setattr(pdf, "TRIALS", tmp_path)
     monkeypatch.setattr(pdf, "QUICK_HISTORY", tmp_path / "history.json")
@@ -395,6 +437,10 @@ def test_the_readme_shows_what_the_records_say(monkeypatch):
     assert {"setup", "report", "test", "demo"} <= costs
     for picture in re.findall(r'<img src="([^"]+)"', readme):
         assert (ROOT / picture).is_file()
+    notebook = nbformat.read(build.TRANSFORMER, as_version=4)
+    curve = build.CURVE.read_bytes() if build.CURVE.is_file() else None
+    shown = pdf.find_picture(notebook, "fig-validation-accuracy")
+    assert curve == shown, "run `make readme`"
     shown = set(re.findall(r"`make ([a-z]+)", readme))
     assert shown <= set(make.COMMANDS)
 
@@ -405,7 +451,7 @@ def test_the_readme_shows_runs_and_curve_once_they_are_recorded(workplace, monke
         shutil.copy(ROOT / path, path)
     before = build.with_records(build.README.read_text("utf-8"))
     assert before.count("not recorded yet") == 2
-    assert "accuracy.svg" not in before.partition("## Two commands")[0]
+    assert "accuracy" not in before.partition("## Two commands")[0]
     quick = training.RECORD_FOLDERS["quick"] / training.HISTORY_NAME
     quick.parent.mkdir(parents=True)
     quick.write_text("{}", encoding="utf-8")
@@ -417,6 +463,9 @@ def test_the_readme_shows_runs_and_curve_once_they_are_recorded(workplace, monke
     assert "| 70.5 % | 72.3 % | 2 | 3.0 h on a machine |" in after
     assert after.count("not recorded yet") == 1
     assert '<img src="report/accuracy.svg"' in after
+    assert "the accuracy curve" in after
+    quick = f"{training.QUICK['n_epochs']} epochs, batches of 64, learning rate 0.0003"
+    assert f"The recorded run: {quick}." in after
     assert build.with_records(after) == after
 
 

@@ -1,6 +1,8 @@
 """The short runs that choices and ablations rest on."""
 
 import json
+import re
+import shutil
 import sys
 from dataclasses import asdict
 
@@ -49,17 +51,27 @@ def test_a_record_of_a_seed_is_a_whole_quick_run(seed):
 
 
 def test_the_figure_of_the_ablations_is_that_of_the_records(monkeypatch, tmp_path):
-    done = [t for t in trials.TRIALS if t.group == "ablation" and t.path.exists()]
-    assert trials.ABLATION_FIGURE.is_file() == bool(done)
-    trial = next(t for t in trials.TRIALS if t.name == "one head")
-    monkeypatch.setattr(trials, "FOLDER", tmp_path)
+    stored = trials.ABLATION_FIGURE
+    content = stored.read_text(encoding="utf-8") if stored.is_file() else None
+    shutil.copytree(trials.FOLDER, tmp_path / "trials")
+    monkeypatch.setattr(trials, "FOLDER", tmp_path / "trials")
     monkeypatch.setattr(trials, "ABLATION_FIGURE", tmp_path / "ablation.svg")
-    trials.draw()
-    assert not trials.ABLATION_FIGURE.exists(), "nothing is drawn of nothing"
-    record = {"name": "one head", "held_out_accs": [0.4], "held_out_accs_eval": [0.5]}
+
+    def drawn():
+        trials.draw()
+        path = trials.ABLATION_FIGURE
+        found = path.is_file() and re.search("description>(.*)<", path.read_text())
+        return found[1] if found else None
+
+    assert drawn() == (re.search("description>(.*)<", content)[1] if content else None)
+    record = {"make": "one_head", "name": "one head"}
+    record |= {"held_out_accs": [0.4], "held_out_accs_eval": [0.5]}
+    trial = next(t for t in trials.TRIALS if t.name == "one head")
     trial.path.write_text(json.dumps(record), encoding="utf-8")
-    trials.draw()
-    assert trials.ABLATION_FIGURE.read_bytes().startswith(b"<?xml")
+    one = drawn()
+    assert one
+    trial.path.write_text(json.dumps({**record, "name": "x"}), encoding="utf-8")
+    assert drawn() != one
 
 
 def test_a_seed_is_run_by_the_recipe_and_continues(demo_data, workplace, monkeypatch):
