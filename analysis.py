@@ -315,9 +315,11 @@ def plot_calibration(logits, labels):
         The matplotlib figure.
     """
     mean, accuracy, share, error = calibration(logits, labels)
+    enough = share * len(labels) >= 10  # of fewer images, a share right means nothing
     figure, axes = plt.subplots(1, 2, figsize=(WIDTH, 2.9), layout="constrained")
     axes[0].plot([0, 100], [0, 100], ":", color=GREY, label="perfectly calibrated")
-    axes[0].plot(100 * mean, 100 * accuracy, "o-", color=BLUE, label="model")
+    percent = 100 * mean[enough], 100 * accuracy[enough]
+    axes[0].plot(*percent, "o-", color=BLUE, label="model")
     axes[0].set(xlabel="confidence / %", ylabel="right predictions / %")
     axes[0].set(xlim=(0, 102), ylim=(0, 102))
     axes[0].set_title(f"expected calibration error {100 * error:.1f} %", size=9.5)
@@ -478,7 +480,7 @@ def plot_rollout(images, weights, titles):
     side = round(maps.shape[-1] ** 0.5)
     maps = maps.reshape(-1, side, side)
     figure, axes = plt.subplots(
-        2, len(images), figsize=(WIDTH, 2.5), layout="constrained", squeeze=False
+        2, len(images), figsize=(WIDTH, 1.9), layout="constrained", squeeze=False
     )
     for image, heat, title, (top, bottom) in zip(
         images, maps, titles, axes.T, strict=True

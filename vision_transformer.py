@@ -909,7 +909,8 @@ def plot_validation_accuracy(history):
 # augmented batch, and the running mean over as many steps as an epoch has.
 # <!-- label: fig-training-loss -->
 # <!-- alt: The cross-entropy of single steps, which scatter, and through them the
-# curve of their running mean. -->
+# curve of their running mean, which falls steeply at first, then ever more slowly, and
+# is still falling at the end. -->
 
 # %% tags=["active-ipynb"]
 # if history:
@@ -919,10 +920,15 @@ def plot_validation_accuracy(history):
 # **Figure.** Validation accuracy after every epoch, as the recipe measures it (dropout
 # active) and in evaluation mode. Dotted: the 25, 50 and 70 % of the exercise.
 # <!-- label: fig-validation-accuracy -->
-# <!-- alt: Two curves of accuracy in percent against epochs, one by the recipe and one
-# in evaluation mode, and three dotted lines across. -->
+# <!-- alt: Two curves of accuracy in percent against epochs, which rise ever more
+# slowly and end above the highest of three dotted lines. The one by the recipe lies a
+# little below the one in evaluation mode. -->
 
 # %% [markdown]
+# Most is learned in the first epochs. Later ones bring less than the step from one
+# epoch to the next scatters, since the learning rate never falls, and yet loss and
+# accuracy have not come to rest at the end: more epochs would help.
+#
 # The recipe's own measure usually lies below what the model can do: it validates a
 # model from which a fifth of the hidden features is missing. For the same reason, and
 # because training images are cropped at random, the accuracy on training batches can
@@ -1021,13 +1027,18 @@ def verify(model, history, cache_dir, device):
 # **Figure.** Confusion matrix on the 10,000 test images: the share of the images of
 # each class (row) that the model takes for each class (column).
 # <!-- label: fig-confusion -->
-# <!-- alt: A matrix of ten by ten classes with a number in each field; the darker a
-# field, the larger its number. -->
+# <!-- alt: A matrix of ten by ten classes with a number in each field, darkest along
+# the diagonal. The lightest fields of the diagonal are those of cat, bird, dog and
+# deer; beside it cat and dog, deer and horse, automobile and truck, and airplane with
+# ship and bird stand out. -->
 
 # %% [markdown]
-# Right predictions stand on the diagonal. What to look for off it: whether a model
-# confuses what looks alike, animals with animals and vehicles with vehicles. At 32 x 32
-# pixels a cat and a dog differ by little more than texture.
+# Right predictions stand on the diagonal. Off it, the model confuses what looks alike:
+# cats and dogs most of all, which at 32 x 32 pixels differ by little more than texture,
+# deer and horses, automobiles and trucks. Ships and birds taken for airplanes hint that
+# it goes by the background, too: water and sky are both blue. Its weakness are animals
+# seen in any pose and colour, cats first; vehicles, and animals as uniform as frogs and
+# horses, it knows best.
 
 # %% tags=["active-ipynb"]
 # if shows:
@@ -1036,16 +1047,18 @@ def verify(model, history, cache_dir, device):
 # %% [markdown] tags=["caption"]
 # **Figure.** Left: reliability diagram, the share of right predictions against the
 # confidence (largest probability) of the predictions, in ten bins, after
-# [Guo et al., 2017](https://arxiv.org/abs/1706.04599). Right: how many of the test
-# images have which confidence.
+# [Guo et al., 2017](https://arxiv.org/abs/1706.04599); bins of fewer than ten images
+# are left out. Right: how many of the test images have which confidence.
 # <!-- label: fig-calibration -->
-# <!-- alt: The reliability curve of the model beside the diagonal of perfect
-# calibration, and a bar chart of the confidences. -->
+# <!-- alt: The reliability curve of the model runs close to the diagonal of perfect
+# calibration, a little below it. The bar chart of the confidences has by far its
+# highest bar above 90 percent. -->
 
 # %% [markdown]
-# A calibrated model is right as often as it is confident. Where the curve lies below
-# the diagonal, the probabilities promise too much; nothing in the recipe prevents that,
-# since cross-entropy keeps rewarding confidence on images that are already right.
+# A calibrated model is right as often as it is confident. This one promises a little
+# too much: its curve runs below the diagonal. Nothing in the recipe prevents that,
+# since cross-entropy keeps rewarding confidence on images that are already right, and
+# longer training makes it worse.
 
 # %% tags=["active-ipynb"]
 # if shows:
@@ -1056,7 +1069,14 @@ def verify(model, history, cache_dir, device):
 # the surest right predictions, the least sure ones, and the surest wrong ones.
 # <!-- label: fig-predictions -->
 # <!-- alt: Three rows of six small images, with the predicted class and its confidence
-# above each and the true class below. -->
+# above each and the true class below. The first row shows clear pictures, the second
+# dark, cropped or unusual ones, the third animals taken for other animals and animals
+# before plain backgrounds taken for airplanes. -->
+
+# %% [markdown]
+# What the model is sure of is mostly well lit, in the middle and before the usual
+# background. It can be as sure of a wrong answer: a high confidence alone is no reason
+# to believe it. Where it is least sure, people would have to look twice as well.
 
 # %% [markdown]
 # ## What it has learned
@@ -1079,8 +1099,9 @@ def verify(model, history, cache_dir, device):
 # first (after Dosovitskiy et al., 2021, Fig. 7, left): of the trained filters (above),
 # and of what training changed in them (below).
 # <!-- label: fig-filters -->
-# <!-- alt: Twice fourteen small coloured squares of four by four pixels, above for the
-# trained filters, below for their change. -->
+# <!-- alt: Twice fourteen small coloured squares of four by four pixels. Above they
+# look like noise. Below, the first ones have one plain colour, and the next run
+# smoothly from one brightness or colour to another. -->
 
 # %% tags=["active-ipynb"]
 # if shows and seeded:
@@ -1092,15 +1113,18 @@ def verify(model, history, cache_dir, device):
 # 2021, Fig. 7, centre): of the trained embeddings (left), and of what training changed
 # in them (right). The similarity with itself, 1, is beyond the scale.
 # <!-- label: fig-positions -->
-# <!-- alt: Two grids of eight by eight small maps, each of eight by eight squares
-# coloured from blue (opposite) to red (alike). -->
+# <!-- alt: Two grids of eight by eight small maps. On the left all look like noise
+# around zero. On the right each is red, alike, around the place of its patch, and blue,
+# opposite, in other parts of the image. -->
 
 # %% [markdown]
 # The authors found colours, edges and stripes in filters, and smooth neighbourhoods in
-# positions. Both start as noise here, the positions with variance 1, as the exercise
-# prescribes, and a run that moves them by little leaves that noise on top; what it
-# learned shows in the change. The noise itself does no harm: random directions are
-# nearly orthogonal, and so already easy to tell apart.
+# positions. At first sight none of it is here: both start as noise, the positions with
+# variance 1, as the exercise prescribes, and training moved them by so little that the
+# noise is still on top. But what it changed shows the same: plain colours first, then
+# transitions from one to another; and positions that moved as their neighbours did.
+# The noise itself does no harm: random directions are nearly orthogonal, and so already
+# easy to tell apart.
 
 # %% tags=["active-ipynb"]
 # if shows:
@@ -1113,8 +1137,9 @@ def verify(model, history, cache_dir, device):
 # test images (after Dosovitskiy et al., 2021, Fig. 7, right). Dotted: the distance of a
 # head that attends to all patches alike.
 # <!-- label: fig-attention-distance -->
-# <!-- alt: Eight dots for each of the six encoder blocks, a line through their means,
-# and a dotted line at the distance of even attention. -->
+# <!-- alt: Eight dots for each of the six encoder blocks. Their means rise slightly
+# with depth, from below the dotted line of even attention up to it; most dots are close
+# to that line. -->
 
 # %% tags=["active-ipynb"]
 # if shows:
@@ -1129,14 +1154,16 @@ def verify(model, history, cache_dir, device):
 # [Abnar and Zuidema, 2020](https://arxiv.org/abs/2005.00928): how much of each patch
 # reaches the class token through all blocks, from dark (little) to bright (much).
 # <!-- label: fig-rollout -->
-# <!-- alt: Eight images in a row, and under each a heat map of eight by eight
-# patches. -->
+# <!-- alt: Eight images in a row, and under each a heat map of eight by eight patches.
+# Its bright patches lie on the object in some images, and are scattered in others. -->
 
 # %% [markdown]
-# Dots far apart in a block are heads that look near beside heads that look far: unlike
-# a convolution, attention is free to do both. Rollout follows the weights only, not
-# what the values carry, so it shows where information could come from and is no proof
-# that it did.
+# Unlike a convolution, attention is free to look far from the first block on, and here
+# all heads do: their distances are close to that of even attention. In the paper's
+# figure, too, some heads look far from the start, but others only at what is near;
+# those were not learned from 50,000 images in a few epochs. Rollout lights up the
+# object in some images only. It follows the weights, not what the values carry, so it
+# shows where information could come from and is no proof that it did.
 
 # %% [markdown]
 # ## Limits, and what one would do next
