@@ -672,14 +672,16 @@ def saved_for_backward(layer, x):
     return total
 
 
-def measure_cost(sides, layer, repeats=5):
+def measure_cost(sides, layer, repeats=5, seconds_at_least=0.3):
     """Measure a 2d layer on square grids of growing size, one image at a time.
 
     Args:
         sides: the sides H = W of the grids.
         layer: a ``SelfAttention2d``; it is measured on the device it lies on.
-        repeats: forward passes per size, after one to warm up; the fastest counts,
-            since whatever else the machine does can only add time.
+        repeats: forward passes per size at least, after one to warm up; the fastest
+            counts, since whatever else the machine does can only add time.
+        seconds_at_least: time spent on each size, in seconds, so that a disturbance
+            does not catch all passes of a small one.
 
     Returns:
         Three lists: tokens per grid, seconds of a forward pass, bytes kept for the
@@ -692,7 +694,7 @@ def measure_cost(sides, layer, repeats=5):
         kept.append(saved_for_backward(layer, x))
         times = []
         with torch.no_grad():
-            for _ in range(repeats + 1):
+            while len(times) <= repeats or sum(times) < seconds_at_least:
                 start = time.perf_counter()
                 layer(x).sum().item()  # reading a number waits for the device
                 times.append(time.perf_counter() - start)

@@ -900,7 +900,7 @@ def plot_validation_accuracy(history):
     return figure
 
 
-# %% tags=["active-ipynb"]
+# %% tags=["active-ipynb", "appendix"]
 # if history:
 #     plot_training_loss(history)
 
@@ -912,7 +912,7 @@ def plot_validation_accuracy(history):
 # curve of their running mean, which falls steeply at first, then ever more slowly, and
 # is still falling at the end. -->
 
-# %% tags=["active-ipynb"]
+# %% tags=["active-ipynb", "appendix"]
 # if history:
 #     plot_validation_accuracy(history)
 
@@ -925,9 +925,10 @@ def plot_validation_accuracy(history):
 # little below the one in evaluation mode. -->
 
 # %% [markdown]
-# Most is learned in the first epochs. Later ones bring less than the step from one
-# epoch to the next scatters, since the learning rate never falls, and yet loss and
-# accuracy have not come to rest at the end: more epochs would help.
+# Most is learned in the first epochs. Later ones bring less than the accuracy scatters
+# from one epoch to the next, since the learning rate never falls, and yet neither the
+# [loss](#fig-training-loss) nor the [accuracy](#fig-validation-accuracy) has come to
+# rest at the end: more epochs would help.
 #
 # The recipe's own measure usually lies below what the model can do: it validates a
 # model from which a fifth of the hidden features is missing. For the same reason, and
@@ -1007,7 +1008,10 @@ def verify(model, history, cache_dir, device):
 # else:
 #     assert verify(model, history, DATASET_CACHE_DIR, device)
 
-# %% tags=["active-ipynb"]
+# %% [markdown]
+# ## Its predictions
+
+# %% tags=["active-ipynb", "appendix"]
 # has_data = is_present(CIFAR10, DATASET_CACHE_DIR)
 # shows = run.has_weights and has_data
 # if shows:
@@ -1016,10 +1020,7 @@ def verify(model, history, cache_dir, device):
 #     logits, labels = predict(model, DataLoader(val_set, batch_size=500), device)
 #     print("\n".join(analysis.class_lines(logits, labels, classes)))
 
-# %% [markdown]
-# ## Its predictions
-
-# %% tags=["active-ipynb"]
+# %% tags=["active-ipynb", "appendix"]
 # if shows:
 #     analysis.plot_confusion(logits, labels, classes)
 
@@ -1028,19 +1029,19 @@ def verify(model, history, cache_dir, device):
 # each class (row) that the model takes for each class (column).
 # <!-- label: fig-confusion -->
 # <!-- alt: A matrix of ten by ten classes with a number in each field, darkest along
-# the diagonal. The lightest fields of the diagonal are those of cat, bird, dog and
-# deer; beside it cat and dog, deer and horse, automobile and truck, and airplane with
-# ship and bird stand out. -->
+# the diagonal. The lightest fields of the diagonal are those of cat and bird. Beside it
+# stand out cats taken for dogs, trucks for automobiles, dogs for cats and birds for
+# deer. -->
 
 # %% [markdown]
-# Right predictions stand on the diagonal. Off it, the model confuses what looks alike:
-# cats and dogs most of all, which at 32 x 32 pixels differ by little more than texture,
-# deer and horses, automobiles and trucks. Ships and birds taken for airplanes hint that
-# it goes by the background, too: water and sky are both blue. Its weakness are animals
-# seen in any pose and colour, cats first; vehicles, and animals as uniform as frogs and
-# horses, it knows best.
+# Right predictions stand on the diagonal of the [confusion matrix](#fig-confusion). Off
+# it, the model confuses what looks alike: cats and dogs most of all, which at 32 x 32
+# pixels differ by little more than texture, automobiles and trucks, birds and deer.
+# Airplanes and ships, taken for each other, hint that it goes by the background, too:
+# sky and water are both blue. Its weakness are animals seen in any pose and colour,
+# cats and birds first; vehicles, and of the animals frogs, it knows best.
 
-# %% tags=["active-ipynb"]
+# %% tags=["active-ipynb", "appendix"]
 # if shows:
 #     analysis.plot_calibration(logits, labels)
 
@@ -1056,11 +1057,11 @@ def verify(model, history, cache_dir, device):
 
 # %% [markdown]
 # A calibrated model is right as often as it is confident. This one promises a little
-# too much: its curve runs below the diagonal. Nothing in the recipe prevents that,
-# since cross-entropy keeps rewarding confidence on images that are already right, and
-# longer training makes it worse.
+# too much: its [curve](#fig-calibration) runs below the diagonal. Nothing in the recipe
+# prevents that, since cross-entropy keeps rewarding confidence on images that are
+# already right, and longer training makes it worse.
 
-# %% tags=["active-ipynb"]
+# %% tags=["active-ipynb", "appendix"]
 # if shows:
 #     analysis.plot_predictions(pixels, logits, labels, classes)
 
@@ -1069,19 +1070,20 @@ def verify(model, history, cache_dir, device):
 # the surest right predictions, the least sure ones, and the surest wrong ones.
 # <!-- label: fig-predictions -->
 # <!-- alt: Three rows of six small images, with the predicted class and its confidence
-# above each and the true class below. The first row shows clear pictures, the second
-# dark, cropped or unusual ones, the third animals taken for other animals and animals
-# before plain backgrounds taken for airplanes. -->
+# above each and the true class below. The first row shows ships from the side, on the
+# water; the second small, cropped or unusual objects; the third a frog labelled as a
+# cat, and vehicles and a deer taken for other vehicles. -->
 
 # %% [markdown]
-# What the model is sure of is mostly well lit, in the middle and before the usual
-# background. It can be as sure of a wrong answer: a high confidence alone is no reason
-# to believe it. Where it is least sure, people would have to look twice as well.
+# What the model is surest of are [ships before the usual background](#fig-predictions).
+# It can be as sure of a wrong answer: a boat on a street is an automobile to it, a car
+# alone before grey a ship. So a high confidence alone is no reason to believe it. But
+# of the frog that is labelled as a cat it is right to be sure: there the data set errs.
 
 # %% [markdown]
 # ## What it has learned
 
-# %% tags=["active-ipynb"]
+# %% tags=["active-ipynb", "appendix"]
 # if shows:
 #     torch.manual_seed(run.settings["seed"])
 #     start = VisionTransformer()  # the model before training
@@ -1103,7 +1105,7 @@ def verify(model, history, cache_dir, device):
 # look like noise. Below, the first ones have one plain colour, and the next run
 # smoothly from one brightness or colour to another. -->
 
-# %% tags=["active-ipynb"]
+# %% tags=["active-ipynb", "appendix"]
 # if shows and seeded:
 #     analysis.plot_position_similarity(model, start)
 
@@ -1121,12 +1123,13 @@ def verify(model, history, cache_dir, device):
 # The authors found colours, edges and stripes in filters, and smooth neighbourhoods in
 # positions. At first sight none of it is here: both start as noise, the positions with
 # variance 1, as the exercise prescribes, and training moved them by so little that the
-# noise is still on top. But what it changed shows the same: plain colours first, then
-# transitions from one to another; and positions that moved as their neighbours did.
+# noise is still on top. But what it changed shows the same: in the
+# [filters](#fig-filters) plain colours first, then transitions from one to another; and
+# [positions](#fig-positions) that moved as their neighbours did.
 # The noise itself does no harm: random directions are nearly orthogonal, and so already
 # easy to tell apart.
 
-# %% tags=["active-ipynb"]
+# %% tags=["active-ipynb", "appendix"]
 # if shows:
 #     some = torch.stack([val_set[index][0] for index in range(256)]).to(device)
 #     weights = analysis.attention_weights(model.eval(), some)
@@ -1141,7 +1144,7 @@ def verify(model, history, cache_dir, device):
 # with depth, from below the dotted line of even attention up to it; most dots are close
 # to that line. -->
 
-# %% tags=["active-ipynb"]
+# %% tags=["active-ipynb", "appendix"]
 # if shows:
 #     first = [labels.tolist().index(number) for number in range(0, 10)][:8]
 #     titles = [classes[labels[index]] for index in first]
@@ -1159,11 +1162,12 @@ def verify(model, history, cache_dir, device):
 
 # %% [markdown]
 # Unlike a convolution, attention is free to look far from the first block on, and here
-# all heads do: their distances are close to that of even attention. In the paper's
-# figure, too, some heads look far from the start, but others only at what is near;
-# those were not learned from 50,000 images in a few epochs. Rollout lights up the
-# object in some images only. It follows the weights, not what the values carry, so it
-# shows where information could come from and is no proof that it did.
+# all heads do: their [distances](#fig-attention-distance) are close to that of even
+# attention. In the paper's figure, too, some heads look far from the start, but others
+# only at what is near; those were not learned from 50,000 images in a few epochs.
+# [Rollout](#fig-rollout) lights up the object in some images only. It follows the
+# weights, not what the values carry, so it shows where information could come from and
+# is no proof that it did.
 
 # %% [markdown]
 # ## Limits, and what one would do next
@@ -1174,10 +1178,10 @@ def verify(model, history, cache_dir, device):
 # - The learning rate is constant, so the weights never settle, and the last epoch is
 #   one draw from a scatter. Warming up and decaying to zero would come first.
 # - A Vision Transformer has to learn what a convolution is given: that neighbouring
-#   pixels belong together, and that an object may be anywhere.
-#   [Dosovitskiy et al., 2021](https://arxiv.org/abs/2010.11929) make up for it by
-#   pre-training on far more images. With 50,000, more augmentation and weight decay,
-#   which the recipe does without, are the next things to try.
+#   pixels belong together, and that an object may be anywhere. Pre-training on far more
+#   images makes up for it
+#   ([Dosovitskiy et al., 2021](https://arxiv.org/abs/2010.11929)). With 50,000, more
+#   augmentation and weight decay, which the recipe does without, are the next to try.
 # - One run is one draw of weights, order and crops. How far other seeds scatter stands
 #   in the appendix, as far as it was recorded.
 

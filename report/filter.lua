@@ -1,5 +1,5 @@
--- What pandoc does not know about the report: which links are citations, and that a
--- screen reader needs words for equations and pictures.
+-- What pandoc does not know about the report: which links are citations or lead to
+-- figures, and that a screen reader needs words for equations and pictures.
 
 local citations = {
   ["https://arxiv.org/abs/1706.03762"] = "vaswani2017",
@@ -15,14 +15,27 @@ local function typst_string(text)
   return '"' .. text:gsub("\\", "\\\\"):gsub('"', '\\"'):gsub("%s+", " ") .. '"'
 end
 
-function Link(link)
+-- A figure is missing where there was nothing to draw: then the words stay
+local figures = {}
+
+local function remember(figure)
+  figures["#" .. figure.identifier] = true
+end
+
+local function Link(link)
   local key = citations[link.target]
   if key then
-    return pandoc.RawInline("typst", '#cite(<' .. key .. '>, form: "prose")')
+    local form = '#cite(<%s>, form: "author"), #cite(<%s>, form: "year")'
+    return pandoc.RawInline("typst", form:format(key, key))
+  elseif figures[link.target] then
+    local number = pandoc.RawInline("typst", " (@" .. link.target:sub(2) .. ")")
+    return link.content .. { number }
+  elseif link.target:sub(1, 5) == "#fig-" then
+    return link.content
   end
 end
 
-function Math(math)
+local function Math(math)
   local inner = pandoc.write(pandoc.Pandoc({ pandoc.Plain({ math }) }), "typst")
   inner = inner:gsub("^%s*%$%s*", ""):gsub("%s*%$%s*$", "")
   local block = math.mathtype == "DisplayMath"
@@ -33,7 +46,7 @@ function Math(math)
 end
 
 -- Runs after Math and Link, so the caption's formulas and citations are done
-function Figure(figure)
+local function Figure(figure)
   local image
   figure:walk({ Image = function(found) image = found end })
   local caption = pandoc.write(pandoc.Pandoc(figure.caption.long), "typst")
@@ -46,9 +59,14 @@ function Figure(figure)
 end
 
 -- Columns as wide as their content: nbconvert's tables are sized by their source
-function Table(table)
+local function Table(table)
   for i, spec in ipairs(table.colspecs) do
     table.colspecs[i] = { pandoc.AlignLeft, nil }
   end
   return table
 end
+
+return {
+  { Figure = remember },
+  { Link = Link, Math = Math, Figure = Figure, Table = Table },
+}

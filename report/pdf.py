@@ -346,7 +346,8 @@ def to_markdown(notebook, folder, prefix):
     A Markdown cell tagged ``caption`` belongs to the picture right before it: the two
     become a numbered figure. It may name a label and an alternative text in comments,
     which a notebook does not show. A caption without a picture is left out. A code
-    cell tagged ``appendix`` gives way to a link to the appendix.
+    cell tagged ``appendix`` gives way to a link to the appendix, once in a section;
+    what it printed and drew stays.
 
     Args:
         notebook: the notebook; left as it is.
@@ -356,13 +357,18 @@ def to_markdown(notebook, folder, prefix):
     Returns:
         The Markdown text, and the sources of the cells for the appendix.
     """
-    cells, picture, appendix = [], None, []
+    cells, picture, appendix, is_linked = [], None, [], False
     for number, cell in enumerate(notebook.cells, 1):
         cell = cell.copy()
         tags = cell.metadata.get("tags", [])
         if "appendix" in tags:
             appendix.append(cell.source)
-            cell = nbformat.v4.new_markdown_cell(TO_APPENDIX)
+            cell["metadata"] = {**cell.metadata, "transient": {"remove_source": True}}
+            if not is_linked:
+                cells.append(nbformat.v4.new_markdown_cell(TO_APPENDIX))
+            is_linked = True
+        elif cell.cell_type == "markdown" and cell.source.startswith("#"):
+            is_linked = False
         if cell.cell_type == "code":
             picture, cell["outputs"] = _take_picture(cell.outputs)
         elif "caption" in tags:

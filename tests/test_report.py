@@ -62,6 +62,69 @@ def test_the_first_page_shows_where_the_points_are_earned(report_pdf):
         assert place[2].startswith(shown), what
 
 
+def test_the_first_page_stays_one_page(tmp_path):
+    where = (
+        "Linux, a processor with a long name, 128 cores, Python 3.13.10, torch 2.15.0"
+    )
+    rows = [[name, f"executed live on 2026-11-23 14:48 UTC: {where}"] for name in "ab"]
+    rows.append(["training", f"CIFAR10, batch size 64, 18 epochs, seed 0: {where}"])
+    rows.append(
+        ["data set", f"CIFAR-10, all files intact; MD5 of the archive: {'0' * 32}"]
+    )
+    target = tmp_path / "x.pdf"
+    history = training.RECORD_FOLDERS["quick"] / training.HISTORY_NAME
+    pdf.make_pdf(NOTEBOOKS, ROOT / history, DRAFT, rows, target, demo=True)
+    first, second = text_of(target)[:2]
+    assert "0" * 32 in first
+    assert second.partition("Contents")[0].count("\n") <= 2, "only the page's header"
+
+
+def test_no_page_is_nearly_empty_and_the_code_begins_in_time(report_pdf):
+    pages = text_of(report_pdf)
+    code = next(n for n, page in enumerate(pages) if "Appendix: Code\nat" in page)
+    assert 15 < code <= 25
+    for number, page in enumerate(pages[:code], 1):
+        has_caption = re.search(r"Figure\s+\d+\. ", page)
+        assert has_caption or len(page) > 700, f"page {number} is nearly empty"
+
+
+def test_code_in_the_appendix_leaves_its_output_and_one_link_a_section(tmp_path):
+    def code(source, tags, **data):
+        output = nbformat.v4.new_output("display_data", data=data)
+        cell = nbformat.v4.new_code_cell(source, outputs=[output])
+        cell.metadata["tags"] = tags
+        return cell
+
+    text = {"text/plain": "what one() printed"}
+    picture = {"image/svg+xml": "<svg/>"}
+    caption = "**Figure.** A square.\n<!-- label: fig-x -->\n<!-- alt: Four sides. -->"
+    caption = nbformat.v4.new_markdown_cell(caption)
+    caption.metadata["tags"] = ["caption"]
+    notebook = nbformat.v4.new_notebook(
+        cells=[
+            nbformat.v4.new_markdown_cell("## One"),
+            code("one()", ["appendix"], **text),
+            code("two()", ["appendix"], **picture),
+            caption,
+            nbformat.v4.new_markdown_cell("See [the square](#fig-x)."),
+            nbformat.v4.new_markdown_cell("## Two\n\nNot [drawn](#fig-y)."),
+            code("three()", ["appendix"], **text),
+            code("four()", [], **text),
+        ]
+    )
+    markdown, appendix = pdf.to_markdown(notebook, tmp_path, "x")
+    assert appendix == ["one()", "two()", "three()"]
+    assert markdown.count(text["text/plain"]) == 3
+    shown = markdown.replace(text["text/plain"], "")
+    assert "A square" in shown
+    assert "four()" in shown
+    assert not re.search(r"(one|two|three)\(\)", shown)
+    assert shown.count("stands in the appendix") == 2
+    typeset = pdf._to_typst(markdown)
+    assert "the square (@fig-x)" in typeset
+    assert "Not drawn." in typeset
+
+
 def test_the_points_are_read_from_the_record(tmp_path, monkeypatch):
     history = tmp_path / "history.json"
     history.write_text("{}", encoding="utf-8")
