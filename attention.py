@@ -527,10 +527,10 @@ def plot_scaling(head_dims, measured, num_tokens=64):
 # falls to nearly zero. -->
 
 # %% [markdown]
-# With the division, a head of any size starts out with the same logits, so the size
-# can be chosen freely. Without it, large heads attend to hardly more than a single
-# token before anything is learned. Independence and unit variance hold for random
-# weights; trained heads are free to grow their logits.
+# With the division, a head of any size starts out with the same
+# logits<!-- fig-scaling -->, so the size can be chosen freely. Without it, large heads
+# attend to hardly more than a single token before anything is learned. Independence and
+# unit variance hold for random weights; trained heads are free to grow their logits.
 
 # %% [markdown]
 # ## What the heads look at
@@ -632,9 +632,9 @@ def plot_attention_maps(regions, weights, queries, heads):
 # the weight inside it. -->
 
 # %% [markdown]
-# Each token finds the other tokens of its region wherever they are on the grid:
-# attention compares content and knows nothing of distance. The heads differ because
-# each compares the tokens in another 32-dimensional projection.
+# Each token finds the other tokens of its region<!-- fig-attention-maps --> wherever
+# they are on the grid: attention compares content and knows nothing of distance. The
+# heads differ because each compares the tokens in another 32-dimensional projection.
 
 # %% [markdown]
 # ## What it costs
@@ -751,6 +751,7 @@ def plot_cost(tokens, seconds, kept):
 
 # %% [markdown]
 # On small grids the four linear projections dominate, whose cost is proportional to
-# $L$; on large ones the $h L^2$ attention weights do, and the curves bend into the
-# quadratic law. This is why a Vision Transformer attends over patches and not over
-# single pixels: on a CIFAR-10 image that makes 64 tokens instead of 1024.
+# $L$; on large ones the $h L^2$ attention weights do, and the
+# curves<!-- fig-attention-cost --> bend into the quadratic law. This is why a Vision
+# Transformer attends over patches and not over single pixels: on a CIFAR-10 image that
+# makes 64 tokens instead of 1024.

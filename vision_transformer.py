@@ -285,11 +285,12 @@ class SelfAttentionTransformerBlock(nn.Module):
 # %% [markdown]
 # ## The Vision Transformer
 #
-# An image becomes a sequence in one einops line: the grid of patches is read row by
-# row, and each patch is flattened. A linear projection turns patches into tokens,
-# a learned embedding says where each of them was, and a learned class token joins in
-# front (Eq. 1 of the paper). After the last block the class token, normalised once
-# more, is all that the linear classification head sees (Eq. 4).
+# An image becomes a sequence in one einops line: the grid of
+# patches<!-- fig-patches --> is read row by row, and each patch is flattened. A linear
+# projection turns patches into tokens, a learned embedding says where each of them was,
+# and a learned class token joins in front (Eq. 1 of the paper). After the last block
+# the class token, normalised once more, is all that the linear classification
+# head<!-- fig-architecture --> sees (Eq. 4).
 #
 # The exercise leaves open how the linear layers start. Here their weights are uniform
 # with the variance of
@@ -927,8 +928,8 @@ def plot_validation_accuracy(history):
 # %% [markdown]
 # Most is learned in the first epochs. Later ones bring less than the accuracy scatters
 # from one epoch to the next, since the learning rate never falls, and yet neither the
-# [loss](#fig-training-loss) nor the [accuracy](#fig-validation-accuracy) has come to
-# rest at the end: more epochs would help.
+# loss<!-- fig-training-loss --> nor the accuracy<!-- fig-validation-accuracy --> has
+# come to rest at the end: more epochs would help.
 #
 # The recipe's own measure usually lies below what the model can do: it validates a
 # model from which a fifth of the hidden features is missing. For the same reason, and
@@ -1034,9 +1035,9 @@ def verify(model, history, cache_dir, device):
 # deer. -->
 
 # %% [markdown]
-# Right predictions stand on the diagonal of the [confusion matrix](#fig-confusion). Off
-# it, the model confuses what looks alike: cats and dogs most of all, which at 32 x 32
-# pixels differ by little more than texture, automobiles and trucks, birds and deer.
+# Right predictions stand on the diagonal of the confusion matrix<!-- fig-confusion -->.
+# Off it, the model confuses what looks alike: cats and dogs most of all, which at 32 x
+# 32 pixels differ by little more than texture, automobiles and trucks, birds and deer.
 # Airplanes and ships, taken for each other, hint that it goes by the background, too:
 # sky and water are both blue. Its weakness are animals seen in any pose and colour,
 # cats and birds first; vehicles, and of the animals frogs, it knows best.
@@ -1057,9 +1058,9 @@ def verify(model, history, cache_dir, device):
 
 # %% [markdown]
 # A calibrated model is right as often as it is confident. This one promises a little
-# too much: its [curve](#fig-calibration) runs below the diagonal. Nothing in the recipe
-# prevents that, since cross-entropy keeps rewarding confidence on images that are
-# already right, and longer training makes it worse.
+# too much: its curve<!-- fig-calibration --> runs below the diagonal. Nothing in the
+# recipe prevents that, since cross-entropy keeps rewarding confidence on images that
+# are already right, and longer training makes it worse.
 
 # %% tags=["active-ipynb", "appendix"]
 # if shows:
@@ -1075,10 +1076,11 @@ def verify(model, history, cache_dir, device):
 # cat, and vehicles and a deer taken for other vehicles. -->
 
 # %% [markdown]
-# What the model is surest of are [ships before the usual background](#fig-predictions).
-# It can be as sure of a wrong answer: a boat on a street is an automobile to it, a car
-# alone before grey a ship. So a high confidence alone is no reason to believe it. But
-# of the frog that is labelled as a cat it is right to be sure: there the data set errs.
+# What the model is surest of are ships before the usual
+# background<!-- fig-predictions -->. It can be as sure of a wrong answer: a boat on a
+# street is an automobile to it, a car alone before grey a ship. So a high confidence
+# alone is no reason to believe it. But of the frog that is labelled as a cat it is
+# right to be sure: there the data set errs.
 
 # %% [markdown]
 # ## What it has learned
@@ -1124,10 +1126,10 @@ def verify(model, history, cache_dir, device):
 # positions. At first sight none of it is here: both start as noise, the positions with
 # variance 1, as the exercise prescribes, and training moved them by so little that the
 # noise is still on top. But what it changed shows the same: in the
-# [filters](#fig-filters) plain colours first, then transitions from one to another; and
-# [positions](#fig-positions) that moved as their neighbours did.
-# The noise itself does no harm: random directions are nearly orthogonal, and so already
-# easy to tell apart.
+# filters<!-- fig-filters --> plain colours first, then transitions from one to another;
+# and positions<!-- fig-positions --> that moved as their neighbours did. The noise
+# itself does no harm: random directions are nearly orthogonal, and so already easy to
+# tell apart.
 
 # %% tags=["active-ipynb", "appendix"]
 # if shows:
@@ -1162,10 +1164,10 @@ def verify(model, history, cache_dir, device):
 
 # %% [markdown]
 # Unlike a convolution, attention is free to look far from the first block on, and here
-# all heads do: their [distances](#fig-attention-distance) are close to that of even
+# all heads do: their distances<!-- fig-attention-distance --> are close to that of even
 # attention. In the paper's figure, too, some heads look far from the start, but others
 # only at what is near; those were not learned from 50,000 images in a few epochs.
-# [Rollout](#fig-rollout) lights up the object in some images only. It follows the
+# Rollout<!-- fig-rollout --> lights up the object in some images only. It follows the
 # weights, not what the values carry, so it shows where information could come from and
 # is no proof that it did.
 

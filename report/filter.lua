@@ -1,5 +1,5 @@
--- What pandoc does not know about the report: which links are citations or lead to
--- figures, and that a screen reader needs words for equations and pictures.
+-- What pandoc does not know about the report: which links are citations and which
+-- comments name figures, and that a screen reader needs words for equations and pictures.
 
 local citations = {
   ["https://arxiv.org/abs/1706.03762"] = "vaswani2017",
@@ -15,11 +15,12 @@ local function typst_string(text)
   return '"' .. text:gsub("\\", "\\\\"):gsub('"', '\\"'):gsub("%s+", " ") .. '"'
 end
 
--- A figure is missing where there was nothing to draw: then the words stay
+-- A comment that names a figure, which a notebook does not show, becomes its number;
+-- a figure is missing where there was nothing to draw
 local figures = {}
 
 local function remember(figure)
-  figures["#" .. figure.identifier] = true
+  figures[figure.identifier] = true
 end
 
 local function Link(link)
@@ -27,11 +28,13 @@ local function Link(link)
   if key then
     local form = '#cite(<%s>, form: "author"), #cite(<%s>, form: "year")'
     return pandoc.RawInline("typst", form:format(key, key))
-  elseif figures[link.target] then
-    local number = pandoc.RawInline("typst", " (@" .. link.target:sub(2) .. ")")
-    return link.content .. { number }
-  elseif link.target:sub(1, 5) == "#fig-" then
-    return link.content
+  end
+end
+
+local function RawInline(raw)
+  local label = raw.text:match("^<!%-%- (fig%-%S+) %-%->$")
+  if label and figures[label] then
+    return pandoc.RawInline("typst", " (@" .. label .. ")")
   end
 end
 
@@ -68,5 +71,5 @@ end
 
 return {
   { Figure = remember },
-  { Link = Link, Math = Math, Figure = Figure, Table = Table },
+  { Link = Link, RawInline = RawInline, Math = Math, Figure = Figure, Table = Table },
 }

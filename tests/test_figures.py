@@ -207,6 +207,8 @@ def test_every_plot_of_a_notebook_has_caption_label_and_alternative(name):
     assert len(set(labels)) == len(labels)
     captions = [c for c in cells if "caption" in c.metadata.get("tags", [])]
     assert len(captions) == len(labels), "no caption without a plot"
+    prose = "\n".join(c.source for c in cells if c.cell_type == "markdown")
+    assert sorted(re.findall(r"<!-- (fig-[\w-]+) -->", prose)) == sorted(labels)
 
 
 def test_every_picture_of_the_template_has_an_alternative():

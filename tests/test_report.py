@@ -106,8 +106,8 @@ def test_code_in_the_appendix_leaves_its_output_and_one_link_a_section(tmp_path)
             code("one()", ["appendix"], **text),
             code("two()", ["appendix"], **picture),
             caption,
-            nbformat.v4.new_markdown_cell("See [the square](#fig-x)."),
-            nbformat.v4.new_markdown_cell("## Two\n\nNot [drawn](#fig-y)."),
+            nbformat.v4.new_markdown_cell("See the square<!-- fig-x -->."),
+            nbformat.v4.new_markdown_cell("## Two\n\nNot drawn<!-- fig-y -->."),
             code("three()", ["appendix"], **text),
             code("four()", [], **text),
         ]
