@@ -105,8 +105,8 @@ def choose_device():
 #
 # `SelfAttention` is the operation on a sequence of tokens, which the Vision
 # Transformer of Task 2 uses too; `SelfAttention2d` reads a grid row by row into such
-# a sequence and puts the result back. Head $i$ owns the $i$-th slice of the features
-# of `q`, `k` and `v`, so splitting the heads apart is a reshape and no loop over
+# a sequence and puts the result back. Head $i$ owns slice $i$ of the features of
+# `q`, `k` and `v`, so splitting the heads apart is a reshape and no loop over
 # heads, tokens or images is needed. The queries are divided by $\sqrt{d_k}$ before
 # the product: the same numbers as dividing the logits, with fewer divisions, since
 # there are $d_k$ query entries but $L$ logits per token and head.
@@ -334,6 +334,8 @@ def check_against_torch(layer, device):
         f"differs from nn.MultiheadAttention by up to {error:.1e}: is the scaling by "
         "1/sqrt(head_dim) there, and are the heads split and merged in order?"
     )
+    if error == 0:
+        return "the same bits as nn.MultiheadAttention"
     return f"at most {error:.1e} from nn.MultiheadAttention"
 
 
@@ -427,9 +429,10 @@ def errors_against_torch(layer, x, dtype):
 #         print(f"{name:<12} {str(dtype)[6:]:<10} {columns}")
 
 # %% [markdown]
-# What is left is rounding: passing from 24 to 53 bits of significand shrinks all
-# differences by about nine orders of magnitude, and a mistake in the mathematics
-# would not shrink at all.
+# A single head does the same operations in the same order, so nothing differs at all.
+# With several heads, what is left is rounding: passing from 24 to 53 bits of
+# significand shrinks the differences by eight to nine orders of magnitude, and a
+# mistake in the mathematics would not shrink at all.
 
 # %% [markdown]
 # ## Why divide by $\sqrt{d_k}$?
@@ -527,10 +530,12 @@ def plot_scaling(head_dims, measured, num_tokens=64):
 # falls to nearly zero. -->
 
 # %% [markdown]
-# With the division, a head of any size starts out with the same
-# logits<!-- fig-scaling -->, so the size can be chosen freely. Without it, large heads
-# attend to hardly more than a single token before anything is learned. Independence and
-# unit variance hold for random weights; trained heads are free to grow their logits.
+# With the division, the logits scatter alike in heads of any
+# size<!-- fig-scaling -->, so the size can be chosen freely. Without it, large heads
+# attend to hardly more than a single token before anything is learned. Independence
+# holds for random weights; the variance depends on how they are drawn (the default of
+# `nn.Linear` makes it 1/3 instead of 1, so attention starts more evenly still), and
+# trained heads are free to grow their logits.
 
 # %% [markdown]
 # ## What the heads look at

@@ -88,8 +88,8 @@ from attention import (
 #
 # MSA is the multi-head self-attention of Task 1, where the heads share the token
 # evenly: $d_k = d_v = D / h$. The MLP has one hidden layer with the GELU
-# nonlinearity, and dropout after each of its two linear layers, as in the authors'
-# code behind the nonlinearity of the first. Nothing else in the model drops out.
+# nonlinearity, and dropout after each of its two linear layers; after the first it
+# follows the GELU, as in the authors' code. Nothing else in the model drops out.
 #
 # | symbol | in the code |
 # |---|---|
@@ -285,12 +285,12 @@ class SelfAttentionTransformerBlock(nn.Module):
 # %% [markdown]
 # ## The Vision Transformer
 #
-# An image becomes a sequence in one einops line: the grid of
-# patches<!-- fig-patches --> is read row by row, and each patch is flattened. A linear
-# projection turns patches into tokens, a learned embedding says where each of them was,
-# and a learned class token joins in front (Eq. 1 of the paper). After the last block
-# the class token, normalised once more, is all that the linear classification
-# head<!-- fig-architecture --> sees (Eq. 4).
+# An image becomes a sequence in one einops line: the grid of patches is read row by
+# row, and each patch is flattened. A linear projection turns patches into tokens, a
+# learned embedding says where each of them was, and a learned class token joins in
+# front (Eq. 1 of the paper). After the last block the class token, normalised once
+# more, is all that the linear classification head<!-- fig-architecture --> sees (Eq. 4
+# of the paper).
 #
 # The exercise leaves open how the linear layers start. Here their weights are uniform
 # with the variance of
@@ -494,7 +494,7 @@ class VisionTransformer(nn.Module):
 # ## Unit tests
 #
 # A mistake in these classes rarely crashes: it costs accuracy, hours later. So each
-# test looks for one that leaves all shapes intact.
+# test but the first looks for one that leaves all shapes intact.
 
 
 # %% tags=["appendix"]
@@ -524,6 +524,24 @@ def test_patch_order(device):
     touched = difference.nonzero().flatten().tolist()
     assert touched == [11], f"patch (1, 3) should be token 11, changed: {touched}"
     return "a round trip gives the image back, patch (1, 3) is token 11"
+
+
+@torch.no_grad()
+def test_block(device):
+    """A block computes what its equation says, and only there."""
+    block = SelfAttentionTransformerBlock(64, 128, 4, 0.2).to(device).eval()
+    for parameter in block.parameters():
+        parameter.add_(0.1 * torch.randn_like(parameter))  # norms are no identities
+    z = torch.randn(2, 65, 64, device=device)
+    norm_1, attention = block.attention.inner_module
+    norm_2, mlp = block.feed_forward.inner_module
+    expected = attention(norm_1(z)) + z
+    expected = mlp(norm_2(expected)) + expected
+    error = (block(z) - expected).abs().max().item()
+    post_norm = norm_2(mlp(norm_1(attention(z) + z)) + norm_1(attention(z) + z))
+    assert error < 1e-5, f"differs by up to {error:.1e} from pre-norm residual lines"
+    assert (block(z) - post_norm).abs().max() > 1e-2, "the norms make no difference"
+    return "within 1e-5 of its equation, written out"
 
 
 def test_parameter_count(device):
@@ -606,6 +624,7 @@ def test_positions(device):
 UNIT_TESTS = (
     test_shapes,
     test_patch_order,
+    test_block,
     test_parameter_count,
     test_class_token,
     test_dropout,
@@ -788,6 +807,12 @@ def train(model, run, cache_dir, batch_size, lr, device):
 
 
 # %% [markdown]
+# Fifty such epochs take many hours without a GPU. So there is a second, *quick* run:
+# the same model, recipe and learning rate, but batches of 64, which make twice as many
+# steps of an epoch, and 18 epochs. Only free parameters differ. Where the run with the
+# parameters above has no record, as the output below says, all results are those of the
+# quick run.
+#
 # A run that is finished is loaded from its record, after a check that this belongs to
 # this model and these parameters. With `TRAIN = True` a run without a record is
 # trained, from its last checkpoint if there is one; an interrupted cell can simply be
@@ -812,6 +837,9 @@ def train(model, run, cache_dir, batch_size, lr, device):
 #         print("These parameters have no record; here is that of the quick run.")
 #         run, history = quick, quick.history
 # print(run.summary())
+
+# %% [markdown]
+# What the model is given of an image is a row of patches<!-- fig-patches -->:
 
 # %% tags=["active-ipynb"]
 # if is_present(CIFAR10, DATASET_CACHE_DIR):
@@ -931,11 +959,11 @@ def plot_validation_accuracy(history):
 # loss<!-- fig-training-loss --> nor the accuracy<!-- fig-validation-accuracy --> has
 # come to rest at the end: more epochs would help.
 #
-# The recipe's own measure usually lies below what the model can do: it validates a
-# model from which a fifth of the hidden features is missing. For the same reason, and
-# because training images are cropped at random, the accuracy on training batches can
-# lie *below* the validation accuracy in evaluation mode; that is regularisation, not a
-# mistake.
+# The recipe's own measure lies below what the model can do: it validates a model from
+# which a fifth of the hidden features is missing. For the same reason, and because
+# training images are cropped at random, an accuracy counted on training batches (the
+# recipe counts none) can lie *below* the validation accuracy in evaluation mode; that
+# is regularisation, not a mistake.
 
 # %% [markdown]
 # ## The recorded weights, validated again
@@ -1036,11 +1064,12 @@ def verify(model, history, cache_dir, device):
 
 # %% [markdown]
 # Right predictions stand on the diagonal of the confusion matrix<!-- fig-confusion -->.
-# Off it, the model confuses what looks alike: cats and dogs most of all, which at 32 x
-# 32 pixels differ by little more than texture, automobiles and trucks, birds and deer.
-# Airplanes and ships, taken for each other, hint that it goes by the background, too:
-# sky and water are both blue. Its weakness are animals seen in any pose and colour,
-# cats and birds first; vehicles, and of the animals frogs, it knows best.
+# Off it, the model confuses what looks alike, cats and dogs most of all, then
+# automobiles and trucks. Birds go to many classes, deer first. Airplanes and ships are
+# taken for each other, perhaps because sky and water are both blue, but nearly as often
+# for automobiles: the background is one guess among several. Its weak spots are animals
+# seen in any pose and colour, cats and birds first; vehicles, and of the animals frogs,
+# it knows best.
 
 # %% tags=["active-ipynb", "appendix"]
 # if shows:
@@ -1057,10 +1086,11 @@ def verify(model, history, cache_dir, device):
 # highest bar above 90 percent. -->
 
 # %% [markdown]
-# A calibrated model is right as often as it is confident. This one promises a little
-# too much: its curve<!-- fig-calibration --> runs below the diagonal. Nothing in the
-# recipe prevents that, since cross-entropy keeps rewarding confidence on images that
-# are already right, and longer training makes it worse.
+# A calibrated model is right as often as it is confident. This one promises too much, a
+# little on average and more where it is fairly sure: its curve<!-- fig-calibration -->
+# runs below the diagonal. Nothing in the recipe prevents that, since cross-entropy
+# keeps rewarding confidence on images that are already right, and longer training would
+# be expected to make it worse.
 
 # %% tags=["active-ipynb", "appendix"]
 # if shows:
@@ -1122,29 +1152,29 @@ def verify(model, history, cache_dir, device):
 # opposite, in other parts of the image. -->
 
 # %% [markdown]
-# The authors found colours, edges and stripes in filters, and smooth neighbourhoods in
-# positions. At first sight none of it is here: both start as noise, the positions with
-# variance 1, as the exercise prescribes, and training moved them by so little that the
-# noise is still on top. But what it changed shows the same: in the
+# Dosovitskiy et al. found colours, edges and stripes in filters, and smooth
+# neighbourhoods in positions. At first sight none of it is here: both start as noise,
+# the positions with variance 1, as the exercise prescribes, and training moved them by
+# so little that the noise is still on top. But what it changed shows the same: in the
 # filters<!-- fig-filters --> plain colours first, then transitions from one to another;
-# and positions<!-- fig-positions --> that moved as their neighbours did. The noise
-# itself does no harm: random directions are nearly orthogonal, and so already easy to
-# tell apart.
+# and positions<!-- fig-positions --> that moved as their neighbours did. Where the
+# patches are loud enough beside it, the noise need not do harm: random directions are
+# nearly orthogonal, and so already easy to tell apart.
 
 # %% tags=["active-ipynb", "appendix"]
 # if shows:
 #     some = torch.stack([val_set[index][0] for index in range(256)]).to(device)
 #     weights = analysis.attention_weights(model.eval(), some)
-#     analysis.plot_attention_distance(weights, model.patch_size)
+#     analysis.plot_attention_distance(weights[:-1], model.patch_size)
 
 # %% [markdown] tags=["caption"]
 # **Figure.** Mean attention distance of every head against depth, over the first 256
 # test images (after Dosovitskiy et al., 2021, Fig. 7, right). Dotted: the distance of a
-# head that attends to all patches alike.
+# head that attends to all patches alike. The last block is left out: in it only the
+# class token asks, and that has no place in the image.
 # <!-- label: fig-attention-distance -->
-# <!-- alt: Eight dots for each of the six encoder blocks. Their means rise slightly
-# with depth, from below the dotted line of even attention up to it; most dots are close
-# to that line. -->
+# <!-- alt: Eight dots for each of the first five encoder blocks. Their means rise
+# slightly with depth and stay a little below the dotted line of even attention. -->
 
 # %% tags=["active-ipynb", "appendix"]
 # if shows:
@@ -1164,9 +1194,10 @@ def verify(model, history, cache_dir, device):
 
 # %% [markdown]
 # Unlike a convolution, attention is free to look far from the first block on, and here
-# all heads do: their distances<!-- fig-attention-distance --> are close to that of even
-# attention. In the paper's figure, too, some heads look far from the start, but others
-# only at what is near; those were not learned from 50,000 images in a few epochs.
+# all heads do: their distances<!-- fig-attention-distance --> scatter around values not
+# far below that of even attention, and no head looks only at its surroundings. In the
+# paper's figure, too, some heads look far from the start, but others only at what is
+# near; those were not learned from 50,000 images in a few epochs.
 # Rollout<!-- fig-rollout --> lights up the object in some images only. It follows the
 # weights, not what the values carry, so it shows where information could come from and
 # is no proof that it did.
@@ -1178,17 +1209,20 @@ def verify(model, history, cache_dir, device):
 #   the epoch that counts is the last. But the length of the quick run was: 12 epochs
 #   were planned, and 18 were made of them when eight had been validated.
 # - The learning rate is constant, so the weights never settle, and the last epoch is
-#   one draw from a scatter. Warming up and decaying to zero would come first.
+#   one draw from a scatter. A schedule that warms up and decays to zero is the first
+#   change to try.
 # - A Vision Transformer has to learn what a convolution is given: that neighbouring
 #   pixels belong together, and that an object may be anywhere. Pre-training on far more
 #   images makes up for it
-#   ([Dosovitskiy et al., 2021](https://arxiv.org/abs/2010.11929)). With 50,000, more
-#   augmentation and weight decay, which the recipe does without, are the next to try.
+#   ([Dosovitskiy et al., 2021](https://arxiv.org/abs/2010.11929)). With 50,000,
+#   stronger augmentation comes next, and weight decay, of which the recipe has none.
 # - One run is one draw of weights, order and crops. How far other seeds scatter stands
 #   in the appendix, as far as it was recorded.
 
 # %% [markdown]
 # ## As a script
+#
+# Run as a script, the file tests itself; `--train` and `--verify` do the rest.
 
 
 # %% tags=["active-py", "appendix"]

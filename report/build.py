@@ -325,8 +325,8 @@ def _pictures():
             "against epochs, as the recipe measures it and in evaluation mode, with "
             'marks at 25, 50 and 70 percent" width="480">',
             "",
-            f"The recorded run: {s['n_epochs']} epochs, batches of {s['batch_size']}, "
-            f"learning rate {s['lr']:g}.",
+            f"The recorded {handed_in()} run: {s['n_epochs']} epochs, batches of "
+            f"{s['batch_size']}, learning rate {s['lr']:g}.",
         ]
     return lines
 

@@ -42,7 +42,7 @@ POINTS = (
     ("Task 1: single head", 3, "Unit tests", "single head"),
     ("Task 1: several heads", 2, "Unit tests", "multi head"),
     ("Task 2: FeedForwardBlock", 1, "The building blocks", "dropout"),
-    ("Task 2: transformer block", 2, "The building blocks", "parameter count"),
+    ("Task 2: transformer block", 2, "The building blocks", "block"),
     ("Task 2: __init__", 2, "The Vision Transformer", "parameter count"),
     ("Task 2: patchify", 2, "The Vision Transformer", "patch order"),
     ("Task 2: forward", 1, "The Vision Transformer", "class token"),

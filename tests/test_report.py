@@ -528,7 +528,7 @@ def test_the_readme_shows_runs_and_curve_once_they_are_recorded(workplace, monke
     assert '<img src="report/accuracy.svg"' in after
     assert "the accuracy curve" in after
     quick = f"{training.QUICK['n_epochs']} epochs, batches of 64, learning rate 0.0003"
-    assert f"The recorded run: {quick}." in after
+    assert f"The recorded quick run: {quick}." in after
     assert build.with_records(after) == after
 
 
