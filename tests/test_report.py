@@ -244,6 +244,8 @@ def test_the_appendix_shows_ablations_and_seeds_once_they_are_recorded(
     assert re.search(r"as handed in 64 .* one head 64 .* 43\.21", text)
     assert "The ablations, best on top" in text
     assert "7 71.23 73.45 1" in text
+    assert "on a machine; what else" in text
+    assert ",)" not in text.rpartition("References")[2].partition("Appendix: Code")[0]
     assert "the spread is" not in text
     seed.with_name("seeds-8.json").write_text(json.dumps({**run, "seed": 8}))
     assert "the spread is the sample standard deviation" in appendix()
