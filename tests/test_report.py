@@ -332,7 +332,7 @@ def test_the_zip_is_what_moodle_wants(ready, capfd):
     assert {"torch", "torchvision", "einops", "matplotlib"} <= set(requirements)
     assert bundle.make_zip(STUDENT).read_bytes() == content, "deterministic"
     said = capfd.readouterr().out
-    assert said.count("passed  ") == 2 * 8
+    assert said.count("passed  ") == 2 * 9
     assert "MB, unpacked and tested" in said
 
 
