@@ -153,7 +153,6 @@ def _facts(notebooks, history, student, provenance, demo):
         "speed": json.loads(SPEED.read_text(encoding="utf-8")) if has_speed else None,
         "trials": _trials(),
         "seeds": _seeds(),
-        "ablation": ABLATION.is_file(),
         "keywords": [*kinds, fingerprint(notebooks, history, student)],
         "points": _points([nbformat.read(n, as_version=4) for n in notebooks], history),
         "curve": None,

@@ -115,3 +115,10 @@ def test_variants_differ_as_their_names_say():
     out = trials.post_norm().blocks[0](tokens)
     assert out.mean(-1).abs().max() < 1e-4
     assert (out.var(-1) - 1).abs().max() < 0.05
+
+
+def test_the_text_names_the_settings_of_the_quick_run():
+    text = (trials.ROOT / "vision_transformer.py").read_text(encoding="utf-8")
+    text = text.replace("\n# ", " ").partition("*quick* run:")[2].partition("# %%")[0]
+    assert f"batches of {trials.QUICK['batch_size']}," in text
+    assert f"and {trials.QUICK['n_epochs']} epochs." in text
