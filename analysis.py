@@ -60,8 +60,8 @@ def architecture(model, batch="B"):
         ("linear projection + positions", shapes["patches"][1]),
         ("class token in front", shapes["block"][0]),
         (
-            f"{len(model.blocks)} encoder blocks: self-attention with "
-            f"{layer.num_heads} heads,\nMLP with {mlp} hidden features",
+            f"{len(model.blocks)} encoder blocks, each self-attention\n"
+            f"({layer.num_heads} heads) and MLP ({mlp} hidden features)",
             shapes["block"][1],
         ),
         ("layer norm of the class token", shapes["norm"][1]),
@@ -90,7 +90,7 @@ def plot_architecture(model):
         ax.add_patch(
             FancyBboxPatch((x, y), width, height, boxstyle=style, fc=color, ec="0.2")
         )
-        ax.text(x + width / 2, y + height / 2, text, ha="center", va="center", size=8.5)
+        ax.text(x + width / 2, y + height / 2, text, ha="center", va="center")
 
     def arrow(start, end, **style):
         ax.add_patch(
@@ -101,11 +101,11 @@ def plot_architecture(model):
     for number, (text, shape) in enumerate(stages):
         y = 6.35 - number
         box(0.1, y, 4.6, text, "#DCEBF7" if "encoder" in text else "white")
-        ax.text(4.85, y + 0.33, shape, va="center", size=8.5, family="monospace")
+        ax.text(4.85, y + 0.33, shape, va="center", family="monospace")
         if number:
             arrow((2.4, y + 1), (2.4, y + 0.68))
 
-    ax.text(8.9, 6.6, "one encoder block", ha="center", size=9.5, weight="bold")
+    ax.text(8.9, 6.6, "one encoder block", ha="center", weight="bold")
     parts = ["layer norm", "self-attention", "+", "layer norm", "MLP", "+"]
     ys = [5.4, 4.4, 3.5, 2.5, 1.5, 0.6]
     for part, y in zip(parts, ys, strict=True):
@@ -116,7 +116,6 @@ def plot_architecture(model):
                 "+",
                 ha="center",
                 va="center",
-                size=11,
                 bbox={"boxstyle": "circle,pad=0.15", "fc": "white", "ec": "0.2"},
             )
         else:
@@ -216,8 +215,8 @@ def plot_patches(image, patch_size):
         ax.imshow(picture, vmin=0, vmax=1)
         ax.set(xticks=[], yticks=[])
         if number in (1, columns, columns + 1, shown):
-            ax.set_xlabel(f"{number}", size=8)
-    bottom.supxlabel("token, the first two rows of patches", size=9)
+            ax.set_xlabel(f"{number}")
+    bottom.supxlabel("token, the first two rows of patches", size="medium")
     return figure
 
 
@@ -249,7 +248,7 @@ def plot_confusion(logits, labels, classes):
     for i, row in enumerate(percent):
         for j, value in enumerate(row):
             color = "white" if value > 55 else "black"
-            ax.text(j, i, f"{value:.0f}", ha="center", va="center", color=color, size=8)
+            ax.text(j, i, f"{value:.0f}", ha="center", va="center", color=color)
     ax.set_xticks(range(len(classes)), classes, rotation=45, ha="right")
     ax.set_yticks(range(len(classes)), classes)
     ax.set(xlabel="predicted class", ylabel="true class")
@@ -322,8 +321,8 @@ def plot_calibration(logits, labels):
     axes[0].plot(*percent, "o-", color=BLUE, label="model")
     axes[0].set(xlabel="confidence / %", ylabel="right predictions / %")
     axes[0].set(xlim=(0, 102), ylim=(0, 102))
-    axes[0].set_title(f"expected calibration error {100 * error:.1f} %", size=9.5)
-    axes[0].legend(fontsize=8)
+    axes[0].set_title(f"expected calibration error {100 * error:.1f} %", size="medium")
+    axes[0].legend()
     centres = 100 * (np.arange(len(share)) + 0.5) / len(share)
     axes[1].bar(centres, 100 * share, 90 / len(share), color=SKY, edgecolor=BLUE)
     axes[1].set(xlabel="confidence / %", ylabel="images / %", xlim=(0, 102))
@@ -354,20 +353,21 @@ def plot_predictions(images, logits, labels, classes, columns=6):
         "wrong, most sure": order[~right[order]][:columns],
     }
     figure, axes = plt.subplots(
-        3, columns, figsize=(WIDTH, 4.6), layout="constrained", squeeze=False
+        3, columns, figsize=(WIDTH, 4.9), layout="constrained", squeeze=False
     )
+    figure.get_layout_engine().set(hspace=0.06)  # a row's labels apart from the next's
     for axes_row, (name, chosen) in zip(axes, rows.items(), strict=True):
-        axes_row[0].set_ylabel(name, size=9)
+        axes_row[0].set_ylabel(name)
         for ax in axes_row:
             ax.set(xticks=[], yticks=[])
         for ax, index in zip(axes_row, chosen.tolist(), strict=False):
             ax.imshow(images[index])
             ax.set_title(
                 f"{classes[predicted[index]]}\n{100 * confidence[index]:.0f} %",
-                size=8,
+                size="medium",
                 color="black" if right[index] else ORANGE,
             )
-            ax.set_xlabel(f"is {classes[labels[index]]}", size=8)
+            ax.set_xlabel(f"is {classes[labels[index]]}")
     return figure
 
 
@@ -444,7 +444,7 @@ def plot_attention_distance(weights, patch_size):
     ax.set(xticks=layers)
     ax.margins(y=0.25)
     ax.grid(alpha=0.3)
-    ax.legend(fontsize=8, ncols=3, loc="upper left")
+    ax.legend(ncols=3, loc="upper left")
     return figure
 
 
@@ -487,13 +487,13 @@ def plot_rollout(images, weights, titles):
     ):
         extent = (0, image.shape[1], image.shape[0], 0)
         top.imshow(image, extent=extent)
-        top.set_title(title, size=8)
+        top.set_title(title, size="medium")
         bottom.imshow(image.mean(axis=-1), cmap="gray", extent=extent, alpha=0.5)
         bottom.imshow(heat / heat.max(), cmap="inferno", extent=extent, alpha=0.7)
         for ax in (top, bottom):
             ax.set(xticks=[], yticks=[])
-    axes[0, 0].set_ylabel("image", size=9)
-    axes[1, 0].set_ylabel("rollout", size=9)
+    axes[0, 0].set_ylabel("image")
+    axes[1, 0].set_ylabel("rollout")
     return figure
 
 
@@ -549,8 +549,8 @@ def plot_filters(model, start, number=14):
         for index, (ax, picture) in enumerate(zip(axes.flat, pictures, strict=True), 1):
             ax.imshow((0.5 + 0.5 * picture / picture.abs().max()).numpy())
             ax.set(xticks=[], yticks=[])
-            ax.set_xlabel(str(index), size=7, labelpad=1)
-        panel.supylabel(title, size=9)
+            ax.set_xlabel(str(index), labelpad=2)
+        panel.supylabel(title, size="medium")
     return figure
 
 
@@ -595,13 +595,13 @@ def plot_position_similarity(model, start):
         axes = panel.subplots(side, side)
         for ax, row in zip(axes.flat, similarity, strict=True):
             drawn = ax.imshow(
-                row.reshape(side, side).numpy(), cmap="RdBu_r", vmin=-limit, vmax=limit
+                row.reshape(side, side).numpy(), cmap="viridis", vmin=-limit, vmax=limit
             )
             ax.set(xticks=[], yticks=[])
-        panel.suptitle(title, size=9.5)
-        panel.supylabel("patch row", size=9)
+        panel.suptitle(title, size="medium")
+        panel.supylabel("patch row", size="medium", y=0.6)  # the scale is below
         # Between the two maps in the middle, above the scale
-        axes[-1, side // 2 - 1].set_xlabel("patch column", size=9, x=1.1)
+        axes[-1, side // 2 - 1].set_xlabel("patch column", x=1.1)
         panel.colorbar(
             drawn,
             ax=axes,

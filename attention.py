@@ -510,7 +510,7 @@ def plot_scaling(head_dims, measured, num_tokens=64):
         ax.set_xticks(head_dims, [str(head_dim) for head_dim in head_dims])
         ax.minorticks_off()
         ax.grid(alpha=0.3)
-        ax.legend(fontsize=8)
+        ax.legend()
     return figure
 
 
@@ -601,17 +601,16 @@ def plot_attention_maps(regions, weights, queries, heads):
     vmax = max(maps[head, i, j].max() for head in heads for i, j in queries).item()
     for axes_row, (i, j) in zip(axes, queries):
         axes_row[0].imshow(regions, cmap="Greys", vmax=3)
-        axes_row[0].set_title("input regions", fontsize=9)
-        axes_row[0].set_ylabel("token row", fontsize=9)
+        axes_row[0].set_title("input regions", fontsize="medium")
+        axes_row[0].set_ylabel("token row")
         for ax, head in zip(axes_row[1:], heads):
             drawn = ax.imshow(maps[head, i, j], cmap="viridis", vmin=0, vmax=vmax)
-            ax.set_title(f"head {head + 1}", fontsize=9)
+            ax.set_title(f"head {head + 1}", fontsize="medium")
         for ax in axes_row:
             ax.plot(j, i, "x", color="#D55E00", markersize=8, markeredgewidth=2)
             ax.set(xticks=[0, width - 1], yticks=[0, height - 1])
-            ax.tick_params(labelsize=8)
     for ax in axes[-1]:
-        ax.set_xlabel("token column", fontsize=9)
+        ax.set_xlabel("token column")
     figure.colorbar(drawn, ax=axes, label="attention weight", shrink=0.8)
     return figure
 

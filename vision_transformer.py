@@ -293,8 +293,8 @@ class SelfAttentionTransformerBlock(nn.Module):
 # of the paper).
 #
 # The exercise leaves open how the linear layers start. Here their weights are uniform
-# with the variance of
-# [Glorot and Bengio, 2010](https://proceedings.mlr.press/v9/glorot10a.html), their
+# with Xavier's variance
+# ([Glorot and Bengio, 2010](https://proceedings.mlr.press/v9/glorot10a.html)), their
 # biases zero, and the weights of the patch embedding three times larger: positions
 # start with variance 1, as the exercise says, and would drown what the patches show.
 # Both were chosen by short runs on held-out training images, never on the test images.
@@ -523,7 +523,7 @@ def test_patch_order(device):
     difference = (model.patchify(changed) - model.patchify(images)).abs().sum(-1)[0]
     touched = difference.nonzero().flatten().tolist()
     assert touched == [11], f"patch (1, 3) should be token 11, changed: {touched}"
-    return "a round trip gives the image back, patch (1, 3) is token 11"
+    return "a round trip loses nothing, patch (1, 3) is token 11"
 
 
 @torch.no_grad()
@@ -584,7 +584,7 @@ def test_class_token(device):
         images_changed[:, :, row, column] += 10
         changed = (model(images_changed) - before).abs().max().item()
         assert changed > 1e-6, f"pixel ({row}, {column}) does not reach the logits"
-    return "its value, its position and the patches all reach the logits"
+    return "value, position and every patch reach the logits"
 
 
 @torch.no_grad()
@@ -907,7 +907,7 @@ def plot_validation_accuracy(history):
         ("val_accs_eval", "model.eval()", "s--", "#E69F00"),
         ("val_accs", "recipe (dropout active)", "o-", "#0072B2"),
     ]
-    figure, ax = plt.subplots(figsize=(6.4, 3.1), layout="constrained")
+    figure, ax = plt.subplots(figsize=(6.4, 2.7), layout="constrained")
     for key, label, style, color in curves:
         percent = [100 * value for value in history[key]]
         ax.plot(epochs, percent, style, color=color, markersize=3, label=label)
@@ -1148,8 +1148,8 @@ def verify(model, history, cache_dir, device):
 # in them (right). The similarity with itself, 1, is beyond the scale.
 # <!-- label: fig-positions -->
 # <!-- alt: Two grids of eight by eight small maps. On the left all look like noise
-# around zero. On the right each is red, alike, around the place of its patch, and blue,
-# opposite, in other parts of the image. -->
+# around zero. On the right each is bright, alike, around the place of its patch, and
+# dark, opposite, in other parts of the image. -->
 
 # %% [markdown]
 # Dosovitskiy et al. found colours, edges and stripes in filters, and smooth

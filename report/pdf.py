@@ -180,7 +180,7 @@ def _points(notebooks, history):
     rows = []
     for what, points, section, proof in POINTS:
         if isinstance(proof, str):
-            evidence = f"test {proof!r}: {passed[proof]}" if proof in passed else ""
+            evidence = f"{proof}: {passed[proof]}" if proof in passed else ""
         else:
             epochs = [n for n, acc in enumerate(accuracies, 1) if acc >= proof]
             evidence = ""

@@ -62,10 +62,8 @@ def workplace(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.fixture
-def project(tmp_path):
-    """A copy of the project, without data and build products."""
-    folder = tmp_path / "Übung 11 ä"
+def copy_project(folder):
+    """Copy the project, without data and build products; return the folder."""
     folder.mkdir()
     for path in ROOT.iterdir():
         if path.suffix in (".py", ".ipynb", ".toml") or path.name == "Makefile":
@@ -73,6 +71,12 @@ def project(tmp_path):
     ignored = shutil.ignore_patterns("*.pdf", "__pycache__")
     shutil.copytree(ROOT / "report", folder / "report", ignore=ignored)
     return folder
+
+
+@pytest.fixture
+def project(tmp_path):
+    """A copy of the project in a folder with spaces and umlauts."""
+    return copy_project(tmp_path / "Übung 11 ä")
 
 
 @pytest.fixture(scope="session")

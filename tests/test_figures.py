@@ -5,6 +5,7 @@ import sys
 
 import jupytext
 import matplotlib
+import numpy as np
 import pypdf
 import pytest
 import torch
@@ -20,6 +21,8 @@ import vision_transformer
 sys.path.insert(0, str(ROOT / "bench"))
 import speed
 import trials
+
+CAPTION_SIZE = matplotlib.rcParams["font.size"] = 9  # points, as in report/template.typ
 
 # Labels of what has no unit; any other has to name one, as in "time / ms"
 WITHOUT_UNIT = {
@@ -95,6 +98,9 @@ def problems(figure):
     for part in [figure, *subfigures(figure)]:
         if any(len(ax.get_xticks()) + len(ax.get_yticks()) for ax in part.axes):
             labels += filter(None, [part.get_supxlabel(), part.get_supylabel()])
+    for text in figure.findobj(matplotlib.text.Text):
+        if text.get_text() and text.get_fontsize() != CAPTION_SIZE:
+            found.append(f"{text.get_text()!r} is not as large as a caption")
     for ax in figure.axes:
         for axis, name in ((ax.xaxis, "x"), (ax.yaxis, "y")):
             label = axis.get_label().get_text()
@@ -105,12 +111,22 @@ def problems(figure):
                 found.append(f"an {name} axis with a scale has no label")
         if len(ax.lines) > 1 and ax.axison and not (ax.get_legend() or is_twin(ax)):
             found.append("several curves, but no legend")
+        for picture in ax.images:
+            if picture.get_array().ndim == 2 and not is_readable_in_grey(picture.cmap):
+                found.append(f"in grey, {picture.cmap.name} gives two values one shade")
     found += [
         f"{label!r} names no unit"
         for label in labels
         if " / " not in label and label not in WITHOUT_UNIT
     ]
     return found
+
+
+def is_readable_in_grey(cmap):
+    """Return whether the luminance (ITU-R BT.709) of a colour map never turns."""
+    luminance = cmap(np.linspace(0, 1, 64))[:, :3] @ (0.2126, 0.7152, 0.0722)
+    steps = np.diff(luminance)
+    return (steps > 0).all() or (steps < 0).all()
 
 
 def subfigures(figure):
@@ -171,15 +187,19 @@ def test_a_figure_without_label_unit_or_legend_is_found():
     axes[1].plot([1, 2])
     axes[1].plot([2, 1])
     axes[1].set(ylabel="time / s")
+    axes[0].text(0, 0, "small", size=8)
+    axes[1].imshow([[0, 1]], cmap="RdBu")
     assert problems(figure) == [
+        "'small' is not as large as a caption",
         "an x axis with a scale has no label",
         "several curves, but no legend",
+        "in grey, RdBu gives two values one shade",
         "'time' names no unit",
     ]
     figure = plt.figure()
     part = figure.subfigures(1, 2)[1].subfigures(2, 1)[0]
     part.subplots().set(xlabel="speed", ylabel="speed", yticks=[])
-    part.supxlabel("length")
+    part.supxlabel("length", size="medium")
     assert problems(figure) == ["'length' names no unit", "'speed' names no unit"]
 
 
