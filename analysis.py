@@ -29,7 +29,7 @@ def architecture(model, batch="B"):
 
     Returns:
         A list of (text, shape); the shapes are those of tensors caught on the way of
-        one image through the model.
+        one image through the model. The blocks have a second one, that of the last.
     """
     shapes = {}
 
@@ -40,6 +40,7 @@ def architecture(model, batch="B"):
         return hook
 
     watched = {"patches": model.patch_embedding, "block": model.blocks[0]}
+    watched["last"] = model.blocks[-1].feed_forward  # the block is not called as such
     watched |= {"norm": model.norm, "head": model.head}
     hooks = [layer.register_forward_hook(note(n)) for n, layer in watched.items()]
     size, channels = model.image_size, model.in_channels
@@ -63,12 +64,14 @@ def architecture(model, batch="B"):
             f"{len(model.blocks)} encoder blocks, each self-attention\n"
             f"({layer.num_heads} heads) and MLP ({mlp} hidden features)",
             shapes["block"][1],
+            shapes["last"][1],
         ),
         ("layer norm of the class token", shapes["norm"][1]),
         ("linear head: logits", shapes["head"][1]),
     ]
     return [
-        (text, f"({', '.join([batch, *map(str, shape)])})") for text, shape in stages
+        (text, ",\nlast ".join(f"({', '.join([batch, *map(str, s)])})" for s in each))
+        for text, *each in stages
     ]
 
 

@@ -786,8 +786,8 @@ class Run:
             )
         hours = history["seconds"] / 3600
         lines = [
-            f"{s['dataset']}, {what}: {hours:.2f} hours on {history['machine']}, "
-            f"{history['date']}",
+            f"{s['dataset']}, {what}: {hours:.2f} hours by the clock on "
+            f"{history['machine']}, {finished(history)}",
             f"validation accuracy after the last epoch: {history['val_accs'][-1]:.4f} "
             f"(recipe), {history['val_accs_eval'][-1]:.4f} (eval)",
         ]
@@ -812,6 +812,11 @@ def _history_digest(history):
     """Return the SHA-256 of a history without its own checksum."""
     rest = {key: value for key, value in history.items() if key != "sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def finished(history):
+    """Return when a run was finished, to the minute."""
+    return f"{history['date'][:16].replace('T', ' ')} UTC"
 
 
 def read_history(path):

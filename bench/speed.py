@@ -455,7 +455,8 @@ def plot_growth(record):
     from matplotlib.ticker import LogLocator
 
     plt.rcParams["font.size"] = 9  # as the captions of the report
-    figure, axes = plt.subplots(1, 2, figsize=(6.4, 2.6), layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(6.4, 2.4), layout="constrained")
+    figure.get_layout_engine().set(wspace=0.05)  # the scales of the two apart
     for ax, (key, label) in zip(
         axes,
         (

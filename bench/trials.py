@@ -42,6 +42,7 @@ from training import (  # noqa: E402
 FOLDER = ROOT / "bench" / "trials"
 ABLATION_FIGURE = ROOT / "bench" / "ablation.svg"
 HELD_OUT = 5_000
+RING = {"color": "#0072B2", "fillstyle": "none", "markersize": 10, "markeredgewidth": 2}
 SEEDS = (1, 2)  # beside 0, that of the run in report/quick
 
 
@@ -288,14 +289,15 @@ def plot_ablations(records):
     ]
     rows = range(len(records))
     figure, ax = plt.subplots(
-        figsize=(6.4, 0.9 + 0.27 * len(records)), layout="constrained"
+        figsize=(6.4, 0.75 + 0.24 * len(records)), layout="constrained"
     )
-    for key, label, marker, color in (
-        ("held_out_accs", "recipe (dropout active)", "o", "#0072B2"),
-        ("held_out_accs_eval", "model.eval()", "s", "#E69F00"),
+    for key, label, marker, style in (
+        ("held_out_accs_eval", "model.eval()", "s", {"color": "#E69F00"}),
+        # A ring, so that neither hides the other where both are the same
+        ("held_out_accs", "recipe (dropout active)", "o", RING),
     ):
         percent = [100 * record[key][-1] for record in records]
-        ax.plot(percent, rows, marker, color=color, label=label)
+        ax.plot(percent, rows, marker, label=label, **style)
     ax.set_yticks(rows, names)
     ax.set(xlabel="held-out accuracy / %", ylabel="variant")
     ax.grid(alpha=0.3)

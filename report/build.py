@@ -32,6 +32,7 @@ from training import (
     Run,
     TrainingError,
     fetch,
+    finished,
     handed_in,
     is_present,
     read_history,
@@ -138,7 +139,7 @@ def _training_row(run, history):
     return (
         f"{facts['dataset']}, batch size {facts['batch_size']}, learning rate "
         f"{facts['lr']:g}, {facts['n_epochs']} epochs, seed {facts['seed']}: "
-        f"{facts['date']}, {facts['machine']}, torch {facts['versions']['torch']}"
+        f"{finished(facts)}, {facts['machine']}, torch {facts['versions']['torch']}"
     )
 
 
@@ -290,8 +291,9 @@ def with_records(readme):
     machine = speed["machine"]
     rows += [
         "",
-        f"Medians of {speed['rounds']} interleaved rounds, batch of "
-        f"{speed['batch_size']}, float32, on {machine['processor']} with "
+        f"Medians of {speed['rounds']} interleaved rounds for training steps and of "
+        f"{2 * speed['rounds']} for the rest, memory in a process of its own for each, "
+        f"batch of {speed['batch_size']}, float32, on {machine['processor']} with "
         f"{machine['threads']} threads, torch {machine['torch']}, "
         f"{speed['date'][:10]}.",
     ]

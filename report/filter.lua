@@ -61,6 +61,21 @@ local function Figure(figure)
   ))
 end
 
+-- A sentence stays with the equation that ends it
+local function Blocks(blocks)
+  local found = pandoc.Blocks({})
+  for i, block in ipairs(blocks) do
+    local following = blocks[i + 1]
+    local leads = following and block.t == "Para" and following.t == "Para"
+      and following.content[1].t == "Math"
+      and following.content[1].mathtype == "DisplayMath"
+    if leads then found:insert(pandoc.RawBlock("typst", "#block(sticky: true)[")) end
+    found:insert(block)
+    if leads then found:insert(pandoc.RawBlock("typst", "]")) end
+  end
+  return found
+end
+
 -- Columns as wide as their content: nbconvert's tables are sized by their source
 local function Table(table)
   for i, spec in ipairs(table.colspecs) do
@@ -70,6 +85,6 @@ local function Table(table)
 end
 
 return {
-  { Figure = remember },
+  { Figure = remember, Blocks = Blocks },
   { Link = Link, RawInline = RawInline, Math = Math, Figure = Figure, Table = Table },
 }

@@ -35,8 +35,8 @@ TO_APPENDIX = (
 )
 
 
-# The sheet's 20 points: what, points, section of the report, and the unit test, or the
-# mark of validation accuracy, that is the evidence
+# The sheet's 20 points: what, points, section or figure of the report, and the unit
+# test, or the mark of validation accuracy, that is the evidence
 POINTS = (
     ("Task 1: modules in __init__", 1, "The layer", "multi head"),
     ("Task 1: single head", 3, "Unit tests", "single head"),
@@ -46,9 +46,9 @@ POINTS = (
     ("Task 2: __init__", 2, "The Vision Transformer", "parameter count"),
     ("Task 2: patchify", 2, "The Vision Transformer", "patch order"),
     ("Task 2: forward", 1, "The Vision Transformer", "class token"),
-    ("Task 2: 25 % validation accuracy", 2, "Plots", 0.25),
-    ("Task 2: 50 % validation accuracy", 2, "Plots", 0.5),
-    ("Task 2: 70 % validation accuracy", 2, "Plots", 0.7),
+    ("Task 2: 25 % validation accuracy", 2, "fig-validation-accuracy", 0.25),
+    ("Task 2: 50 % validation accuracy", 2, "fig-validation-accuracy", 0.5),
+    ("Task 2: 70 % validation accuracy", 2, "fig-validation-accuracy", 0.7),
 )
 
 
@@ -167,7 +167,7 @@ def _points(notebooks, history):
         history: path of the run's ``history.json``; it need not exist.
 
     Returns:
-        Dicts with the keys ``what``, ``points``, ``section`` and ``evidence``.
+        Dicts with the keys ``what``, ``points``, ``place`` and ``evidence``.
     """
     printed = "\n".join(
         output.get("text", "")
@@ -178,7 +178,7 @@ def _points(notebooks, history):
     passed = dict(re.findall(r"^passed  ([\w ]+): (.*)$", printed, re.MULTILINE))
     accuracies = read_history(history)["val_accs"] if history.is_file() else []
     rows = []
-    for what, points, section, proof in POINTS:
+    for what, points, place, proof in POINTS:
         if isinstance(proof, str):
             evidence = f"{proof}: {passed[proof]}" if proof in passed else ""
         else:
@@ -194,7 +194,7 @@ def _points(notebooks, history):
             {
                 "what": what,
                 "points": points,
-                "section": section,
+                "place": place,
                 "evidence": evidence or "not shown: there is no record of it",
             }
         )

@@ -17,7 +17,7 @@ def test_the_stages_have_the_shapes_of_the_model():
         "(B, 64, 48)",
         "(B, 64, 256)",
         "(B, 65, 256)",
-        "(B, 65, 256)",
+        "(B, 65, 256),\nlast (B, 1, 256)",
         "(B, 256)",
         "(B, 10)",
     ]

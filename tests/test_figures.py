@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT / "bench"))
 import speed
 import trials
 
-CAPTION_SIZE = matplotlib.rcParams["font.size"] = 9  # points, as in report/template.typ
+CAPTION_SIZE = 9  # points
 
 # Labels of what has no unit; any other has to name one, as in "time / ms"
 WITHOUT_UNIT = {
@@ -160,8 +160,9 @@ def is_twin(ax):
 
 
 @pytest.fixture(autouse=True)
-def _close_figures():
-    yield
+def _as_in_the_notebooks():
+    with plt.rc_context({"font.size": CAPTION_SIZE}):
+        yield
     plt.close("all")
 
 
@@ -172,6 +173,16 @@ def test_figures_have_labels_units_and_legends_and_fit_the_text(name):
     figure.canvas.draw()
     assert problems(figure) == []
     assert figure.get_figwidth() <= analysis.WIDTH + 0.1
+
+
+def test_figures_are_drawn_at_the_size_of_the_captions():
+    template = (ROOT / "report" / "template.typ").read_text(encoding="utf-8")
+    caption = template.partition("show figure.caption")[2]
+    assert re.search(r"set text\(size: (\d+)pt\)", caption)[1] == str(CAPTION_SIZE)
+    for name in ("attention", "vision_transformer", "bench/speed", "bench/trials"):
+        source = (ROOT / f"{name}.py").read_text(encoding="utf-8")
+        size = re.findall(r'plt\.rcParams\["font\.size"\] = (\d+)', source)
+        assert size == [str(CAPTION_SIZE)], name
 
 
 def test_no_plot_is_left_out():

@@ -59,13 +59,16 @@ def test_the_first_page_shows_where_the_points_are_earned(report_pdf):
     pages = text_of(report_pdf)
     first = " ".join(pages[0].split())
     assert sum(points for _, points, *_ in pdf.POINTS) == 20
-    for what, points, section, proof in pdf.POINTS:
-        row = re.escape(f"{what} {points} ") + r"(\d\.\d), p. (\d+) (.*)"
-        place = re.search(row, first)
-        assert place, what
-        assert f"{place[1]} {section}" in pages[int(place[2]) - 1], "not that page"
-        shown = "not shown" if "accuracy" in what else f"{proof}: "
-        assert place[3].startswith(shown), what
+    for what, points, place, proof in pdf.POINTS:
+        row = re.escape(f"{what} {points} ") + r"(Fig\. \d|\d\.\d), p\. (\d+) (.*)"
+        found = re.search(row, first)
+        assert found, what
+        is_figure = place.startswith("fig-")
+        there = (
+            f"ure {found[1][-1]}. Validation" if is_figure else f"{found[1]} {place}"
+        )
+        assert there in pages[int(found[2]) - 1], "not that page"
+        assert found[3].startswith("not shown" if is_figure else f"{proof}: "), what
 
 
 def test_drafts_and_demos_are_marked_and_the_first_page_stays_one(tmp_path):
@@ -132,6 +135,12 @@ def test_code_in_the_appendix_leaves_its_output_and_one_link_a_section(tmp_path)
     typeset = pdf._to_typst(markdown)
     assert "the square (@fig-x)" in typeset
     assert "Not drawn." in typeset
+
+
+def test_a_sentence_stays_with_the_equation_that_ends_it():
+    typeset = " ".join(pdf._to_typst("It is\n\n$$x = 1$$\n\nEnd.").split())
+    assert typeset.startswith("#block(sticky: true)[ It is ] #math.equation(")
+    assert typeset.count("sticky") == 1
 
 
 def test_the_points_are_read_from_the_record(tmp_path, monkeypatch):
@@ -229,7 +238,7 @@ def test_the_appendix_shows_ablations_and_seeds_once_they_are_recorded(
     text = appendix()
     assert "What was tried" in text
     assert "Ablations:" not in text
-    assert "The ablations, best on top" not in text
+    assert "The ablations, the best" not in text
     assert "Quick runs" not in text
 
     stored = next(pdf.TRIALS.glob("init-*.json")).read_text(encoding="utf-8")
@@ -245,7 +254,7 @@ def test_the_appendix_shows_ablations_and_seeds_once_they_are_recorded(
     seed.write_text(json.dumps(run))
     text = appendix()
     assert re.search(r"as handed in 64 .* one head 64 .* 43\.21", text)
-    assert "The ablations, best on top" in text
+    assert "The ablations, the best" in text
     assert "7 71.23 73.45 1" in text
     assert "on a machine; what else" in text
     assert ",)" not in text.rpartition("References")[2].partition("Appendix: Code")[0]
