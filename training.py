@@ -786,8 +786,9 @@ class Run:
             )
         hours = history["seconds"] / 3600
         lines = [
-            f"{s['dataset']}, {what}: {hours:.2f} hours by the clock on "
-            f"{history['machine']}, {finished(history)}",
+            f"{s['dataset']}, {what}",
+            f"{hours:.2f} hours by the clock on {history['machine']}, "
+            f"{finished(history)}",
             f"validation accuracy after the last epoch: {history['val_accs'][-1]:.4f} "
             f"(recipe), {history['val_accs_eval'][-1]:.4f} (eval)",
         ]
