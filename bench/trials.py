@@ -42,7 +42,6 @@ from training import (  # noqa: E402
 FOLDER = ROOT / "bench" / "trials"
 ABLATION_FIGURE = ROOT / "bench" / "ablation.svg"
 HELD_OUT = 5_000
-RING = {"color": "#0072B2", "fillstyle": "none", "markersize": 10, "markeredgewidth": 2}
 SEEDS = (1, 2)  # beside 0, that of the run in report/quick
 
 
@@ -291,10 +290,11 @@ def plot_ablations(records):
     figure, ax = plt.subplots(
         figsize=(6.4, 0.75 + 0.24 * len(records)), layout="constrained"
     )
+    # A ring, so that neither hides the other where both are the same
+    ring = {"fillstyle": "none", "markersize": 10, "markeredgewidth": 2}
     for key, label, marker, style in (
         ("held_out_accs_eval", "model.eval()", "s", {"color": "#E69F00"}),
-        # A ring, so that neither hides the other where both are the same
-        ("held_out_accs", "recipe (dropout active)", "o", RING),
+        ("held_out_accs", "recipe (dropout active)", "o", {"color": "#0072B2", **ring}),
     ):
         percent = [100 * record[key][-1] for record in records]
         ax.plot(percent, rows, marker, label=label, **style)

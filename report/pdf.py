@@ -262,6 +262,7 @@ def _seeds():
     return {
         "rows": rows,
         "runs": len(runs),
+        "passed": sum(run["val_accs"][-1] >= 0.7 for run in runs),
         "epochs": shared["n_epochs"],
         "batch": shared["batch_size"],
         "lr": f"{shared['lr']:g}",

@@ -259,8 +259,11 @@ def test_the_appendix_shows_ablations_and_seeds_once_they_are_recorded(
     assert "on a machine; what else" in text
     assert ",)" not in text.rpartition("References")[2].partition("Appendix: Code")[0]
     assert "the spread is" not in text
-    seed.with_name("seeds-8.json").write_text(json.dumps({**run, "seed": 8}))
-    assert "the spread is the sample standard deviation" in appendix()
+    run |= {"seed": 8, "val_accs": [0.6999]}
+    seed.with_name("seeds-8.json").write_text(json.dumps(run))
+    text = appendix()
+    assert "the spread is the sample standard deviation" in text
+    assert "Of 2 quick runs that differ in it only, 1 ended at 70 %" in text
 
 
 def test_seeds_are_read_from_the_records(tmp_path, monkeypatch):
@@ -279,6 +282,7 @@ def test_seeds_are_read_from_the_records(tmp_path, monkeypatch):
         ["mean", "69.00", "75.00", ""],
         ["spread", "1.41", "0.00", ""],
     ]
+    assert (seeds["runs"], seeds["passed"]) == (2, 1)
     assert seeds["hours"] == "0.5", "a night of sleep does not count"
 
 
