@@ -29,6 +29,12 @@ KERNEL = "python3"
 ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 INJECTED = "injected-parameters"  # papermill's name for it
 MAX_OUTPUT = 20_000_000  # characters of a cell; our largest figure has half a million
+# For the kernel, so that the same figure is the same bytes: SVG without the time,
+# and with ids that are not random
+PLOTTING = {
+    "SOURCE_DATE_EPOCH": "0",
+    "MATPLOTLIBRC": str(Path(__file__).resolve().with_name("matplotlibrc")),
+}
 # Neither text nor the colours and bars of a terminal; what could not be decoded
 BINARY = re.compile("[\x00-\x07\x0e-\x1a\x1c-\x1f\x7f\ufffd]")
 
@@ -176,7 +182,7 @@ def execute(notebook, name, folder, timeout):
         extra_arguments=["--log-level=CRITICAL"],
     )
     try:
-        client.execute()
+        client.execute(env={**os.environ, **PLOTTING})
         notebook.metadata["provenance"] = _provenance()
         return
     except AssertionError:

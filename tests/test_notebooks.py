@@ -180,6 +180,20 @@ for _ in run.epochs(model, torch.optim.Adam(model.parameters()), 5):
     assert "epoch   2: loss" in capsys.readouterr().out
 
 
+def test_a_figure_drawn_again_gives_the_same_bytes(tmp_path):
+    source = """
+import matplotlib.pyplot as plt
+%config InlineBackend.figure_formats = ["svg"]
+plt.plot([0, 1], [1, 0], "o-");
+"""
+    first, second = notebook_of(source), notebook_of(source)
+    for notebook in (first, second):
+        notebooks.execute(notebook, "x.ipynb", tmp_path, timeout=120)
+    [once], [again] = first.cells[0].outputs, second.cells[0].outputs
+    assert "<clipPath" in once["data"]["image/svg+xml"]
+    assert once["data"] == again["data"]
+
+
 # --- A failing build, as a user sees it ----------------------------------------------
 
 
