@@ -959,15 +959,16 @@ def plot_validation_accuracy(history):
 
 # %% [markdown]
 # Most is learned in the first epochs. Since the learning rate never falls, the accuracy
-# keeps scattering, and an epoch soon brings less than that. Yet neither the
-# loss<!-- fig-training-loss --> nor the accuracy<!-- fig-validation-accuracy --> has
-# come to rest at the end: more epochs would probably help.
+# keeps scattering, and an epoch soon brings less than that. The loss falls on to the
+# end<!-- fig-training-loss -->, but the accuracy gains ever less from
+# it<!-- fig-validation-accuracy -->: what is learned late is more and more about the
+# training images alone. Still more epochs would cost much and bring little.
 #
 # The recipe's own measure lies below what the model can do: it validates a model from
 # which a fifth of the hidden features is missing. For the same reason, and because
 # training images are cropped at random, an accuracy counted on training batches (the
-# recipe counts none) can lie *below* the validation accuracy in evaluation mode; that
-# is regularisation, not a mistake.
+# recipe counts none) can at first lie *below* the validation accuracy in evaluation
+# mode; that is regularisation, not a mistake.
 
 # %% [markdown]
 # ## The recorded weights, validated again
@@ -1062,18 +1063,21 @@ def verify(model, history, cache_dir, device):
 # each class (row) that the model takes for each class (column).
 # <!-- label: fig-confusion -->
 # <!-- alt: A matrix of ten by ten classes with a number in each field, darkest along
-# the diagonal. The lightest fields of the diagonal are those of cat and bird. Beside it
-# stand out cats taken for dogs, trucks for automobiles, dogs for cats and birds for
-# deer. -->
+# the diagonal. The lightest fields of the diagonal are those of cat and dog. Beside it
+# stand out dogs taken for cats, cats for dogs, and trucks and automobiles for each
+# other. -->
 
 # %% [markdown]
+# What is said of classes and images, here and in the next section, is said of the
+# recorded default run; another run may show others.
+#
 # Right predictions stand on the diagonal of the confusion matrix<!-- fig-confusion -->.
 # Off it, the model confuses what looks alike, cats and dogs most of all, then
-# automobiles and trucks. Birds go to many classes, deer first. Airplanes and ships are
-# taken for each other, perhaps because sky and water are both blue, but nearly as often
-# for automobiles: the background is one guess among several. Its weak spots are animals
-# seen in any pose and colour, cats and birds first; vehicles, and of the animals frogs,
-# it knows best.
+# automobiles and trucks. Birds go to many classes, deer and frogs first. Ships are
+# taken for airplanes, perhaps because sky and water are both blue, but airplanes for
+# birds and trucks about as often as for ships: the background is one guess among
+# several. Its weak spots are animals seen in any pose and colour, cats, dogs and birds
+# first; vehicles, and of the animals frogs, it knows best.
 
 # %% tags=["active-ipynb", "appendix"]
 # if shows:
@@ -1085,15 +1089,15 @@ def verify(model, history, cache_dir, device):
 # [Guo et al., 2017](https://arxiv.org/abs/1706.04599); bins of fewer than ten images
 # are left out. Right: how many of the test images have which confidence.
 # <!-- label: fig-calibration -->
-# <!-- alt: The reliability curve of the model runs close to the diagonal of perfect
-# calibration, a little below it. The bar chart of the confidences has by far its
-# highest bar above 90 percent. -->
+# <!-- alt: The reliability curve of the model runs below the diagonal of perfect
+# calibration, farthest where the confidence is between 70 and 90 percent. The bar chart
+# of the confidences has by far its highest bar above 90 percent. -->
 
 # %% [markdown]
-# A calibrated model is right as often as it is confident. This one promises too much, a
-# little on average and more where it is fairly sure: its curve<!-- fig-calibration -->
-# runs below the diagonal. Nothing in the recipe prevents that, since cross-entropy
-# keeps rewarding confidence on images that are already right, and longer training would
+# A calibrated model is right as often as it is confident. This one promises too much,
+# most where it is fairly sure: its curve<!-- fig-calibration --> runs below the
+# diagonal. Nothing in the recipe prevents that, since cross-entropy keeps rewarding
+# confidence on training images that are already right, and still longer training would
 # be expected to make it worse.
 
 # %% tags=["active-ipynb", "appendix"]
@@ -1105,16 +1109,17 @@ def verify(model, history, cache_dir, device):
 # the surest right predictions, the least sure ones, and the surest wrong ones.
 # <!-- label: fig-predictions -->
 # <!-- alt: Three rows of six small images, with the predicted class and its confidence
-# above each and the true class below. The first row shows ships from the side, on the
-# water; the second small, cropped or unusual objects; the third a frog labelled as a
-# cat, and vehicles and a deer taken for other vehicles. -->
+# above each and the true class below. The first row shows a horse, three ships on the
+# water, a red car and a frog, each filling its image; the second animals that are dark,
+# cropped or before an unusual background; the third a frog labelled as a cat, two deer,
+# a boat on a street, the face of a cat and a bird, most of them taken for frogs. -->
 
 # %% [markdown]
-# What the model is surest of are ships before the usual
-# background<!-- fig-predictions -->. It can be as sure of a wrong answer: a boat on a
-# street is an automobile to it, a car alone before grey a ship. So a high confidence
-# alone is no reason to believe it. But of the frog that is labelled as a cat it is
-# right to be sure: there the data set errs.
+# What the model is surest of fills the image, and ships are on the
+# water<!-- fig-predictions -->. It can be as sure of a wrong answer: a boat on a street
+# is an automobile to it, the brown face of a cat before brown a frog. So a high
+# confidence alone is no reason to believe it. But of the frog that is labelled as a cat
+# it is right to be sure: there the data set errs.
 
 # %% [markdown]
 # ## What it has learned
@@ -1161,7 +1166,8 @@ def verify(model, history, cache_dir, device):
 # the positions with variance 1, as the exercise prescribes, and training moved them by
 # so little that the noise is still on top. But what it changed shows the same: in the
 # filters<!-- fig-filters --> plain colours first, then transitions from one to another;
-# and positions<!-- fig-positions --> that moved as their neighbours did. Where the
+# and positions<!-- fig-positions --> that moved as their neighbours did. The left edge
+# moved as the right one, too, perhaps because images are flipped at random. Where the
 # patches are loud enough beside it, the noise need not do harm: random directions are
 # nearly orthogonal, and so already easy to tell apart.
 
@@ -1177,8 +1183,9 @@ def verify(model, history, cache_dir, device):
 # head that attends to all patches alike. The last block is left out: in it only the
 # class token asks, and that has no place in the image.
 # <!-- label: fig-attention-distance -->
-# <!-- alt: Eight dots for each of the first five encoder blocks. Their means rise
-# slightly with depth and stay a little below the dotted line of even attention. -->
+# <!-- alt: Eight dots for each of the first five encoder blocks. Their means fall
+# slightly up to the third block, rise after it, and stay a little below the dotted line
+# of even attention. -->
 
 # %% tags=["active-ipynb", "appendix"]
 # if shows:
@@ -1201,7 +1208,7 @@ def verify(model, history, cache_dir, device):
 # all heads do: their distances<!-- fig-attention-distance --> scatter around values not
 # far below that of even attention, and no head looks only at its surroundings. In the
 # paper's figure, too, some heads look far from the start, but others only at what is
-# near; those were not learned from 50,000 images in a few epochs.
+# near; those were not learned here, from 50,000 images.
 # Rollout<!-- fig-rollout --> lights up the object in some images only. It follows the
 # weights, not what the values carry, so it shows where information could come from and
 # is no proof that it did.
