@@ -344,7 +344,7 @@ def _run_row(preset):
     recipe, evaluated = history["val_accs"], history["val_accs_eval"]
     reached = [epoch for epoch, acc in enumerate(recipe, 1) if acc >= 0.7]
     return (
-        f"| {name} | {100 * recipe[-1]:.1f} % | {100 * evaluated[-1]:.1f} % | "
+        f"| {name} | {100 * recipe[-1]:.2f} % | {100 * evaluated[-1]:.2f} % | "
         f"{reached[0] if reached else 'not reached'} | {hours_of(history):.1f} h on "
         f"{history['machine']} |"
     )

@@ -551,7 +551,7 @@ def test_the_readme_shows_runs_and_curve_once_they_are_recorded(workplace, monke
     record |= {"epoch_seconds": [3600, 3600, 9000], "machine": "a machine"}
     monkeypatch.setattr(build, "read_history", lambda _: record)
     after = build.with_records(before)
-    assert "| 70.5 % | 72.3 % | 2 | 3.0 h on a machine |" in after
+    assert "| 70.50 % | 72.30 % | 2 | 3.0 h on a machine |" in after
     assert after.count("not recorded yet") == 1
     assert '<img src="report/accuracy.svg"' in after
     assert "the accuracy curve" in after
