@@ -44,7 +44,7 @@ DEFAULTS = {
     "n_epochs": 50,
     "seed": 0,
 }
-# For those without a GPU: `make report PRESET=quick`
+# For those who train without a GPU: `make report PRESET=quick`
 QUICK = {**DEFAULTS, "batch_size": 64, "lr": 3e-4, "n_epochs": 18}
 PRESETS = {"default": DEFAULTS, "quick": QUICK}
 RECORD_FOLDERS = {"default": Path("report", "run"), "quick": Path("report", "quick")}
@@ -781,8 +781,8 @@ class Run:
         if history is None or "date" not in history:
             return (
                 f"There is no finished run on {s['dataset']} with {what}.\n"
-                "To train it: TRAIN = True in the notebook, `make report`, or "
-                "`python vision_transformer.py --train`."
+                "To train it: TRAIN = True in the notebook, or `python "
+                "vision_transformer.py --train`, with these parameters."
             )
         hours = history["seconds"] / 3600
         lines = [

@@ -813,9 +813,9 @@ def train(model, run, cache_dir, batch_size, lr, device):
 # %% [markdown]
 # Fifty such epochs take many hours without a GPU. So there is a second, *quick* run:
 # the same model, recipe and learning rate, but batches of 64, which make twice as many
-# steps of an epoch, and 18 epochs. Only free parameters differ. Where the run with the
-# parameters above has no record, as the output below says, all results are those of the
-# quick run.
+# steps of an epoch, and 18 epochs. Only free parameters differ. All results below are
+# those of the run with the parameters above, or while that has no record, of the quick
+# one: the next output says which.
 #
 # A run that is finished is loaded from its record, after a check that this belongs to
 # this model and these parameters. With `TRAIN = True` a run without a record is
@@ -954,15 +954,19 @@ def plot_validation_accuracy(history):
 # active) and in evaluation mode. Dotted: the 25, 50 and 70 % of the exercise.
 # <!-- label: fig-validation-accuracy -->
 # <!-- alt: Two curves of accuracy in percent against epochs, which rise ever more
-# slowly and end above the highest of three dotted lines. The one by the recipe lies a
-# little below the one in evaluation mode. -->
+# slowly and end above the highest of three dotted lines. The one by the recipe lies
+# almost always a little below the one in evaluation mode. -->
 
 # %% [markdown]
+# What is said of curves, classes and images, here and in the next sections, is said of
+# the recorded default run; another run may show others.
+#
 # Most is learned in the first epochs. Since the learning rate never falls, the accuracy
 # keeps scattering, and an epoch soon brings less than that. The loss falls on to the
 # end<!-- fig-training-loss -->, but the accuracy gains ever less from
 # it<!-- fig-validation-accuracy -->: what is learned late is more and more about the
-# training images alone. Still more epochs would cost much and bring little.
+# training images alone. On the test images the cross-entropy is far higher than it last
+# was in training, see below. Still more epochs would cost much and bring little.
 #
 # The recipe's own measure lies below what the model can do: it validates a model from
 # which a fifth of the hidden features is missing. For the same reason, and because
@@ -1053,6 +1057,13 @@ def verify(model, history, cache_dir, device):
 #     classes, pixels = val_set.classes, val_set.data
 #     logits, labels = predict(model, DataLoader(val_set, batch_size=500), device)
 #     print("\n".join(analysis.class_lines(logits, labels, classes)))
+#     steps = len(history["train_losses"]) // len(history["val_accs"])
+#     last = sum(history["train_losses"][-steps:]) / steps
+#     test = F.cross_entropy(logits, labels)
+#     print(
+#         f"cross-entropy: {test:.3f} nats on the test images, "
+#         f"{last:.3f} in the last epoch of training"
+#     )
 
 # %% tags=["active-ipynb", "appendix"]
 # if shows:
@@ -1068,9 +1079,6 @@ def verify(model, history, cache_dir, device):
 # other. -->
 
 # %% [markdown]
-# What is said of classes and images, here and in the next section, is said of the
-# recorded default run; another run may show others.
-#
 # Right predictions stand on the diagonal of the confusion matrix<!-- fig-confusion -->.
 # Off it, the model confuses what looks alike, cats and dogs most of all, then
 # automobiles and trucks. Birds go to many classes, deer and frogs first. Ships are
@@ -1142,9 +1150,10 @@ def verify(model, history, cache_dir, device):
 # first (after Dosovitskiy et al., 2021, Fig. 7, left): of the trained filters (above),
 # and of what training changed in them (below).
 # <!-- label: fig-filters -->
-# <!-- alt: Twice fourteen small coloured squares of four by four pixels. Above they
-# look like noise. Below, the first ones have one plain colour, and the next run
-# smoothly from one brightness or colour to another. -->
+# <!-- alt: Twice fourteen small coloured squares of four by four pixels. Above, the
+# first is nearly plain green, and the others look like noise. Below, the first ones
+# have one plain colour, and the next run smoothly from one brightness or colour to
+# another. -->
 
 # %% tags=["active-ipynb", "appendix"]
 # if shows and seeded:
@@ -1162,14 +1171,15 @@ def verify(model, history, cache_dir, device):
 
 # %% [markdown]
 # Dosovitskiy et al. found colours, edges and stripes in filters, and smooth
-# neighbourhoods in positions. At first sight none of it is here: both start as noise,
-# the positions with variance 1, as the exercise prescribes, and training moved them by
-# so little that the noise is still on top. But what it changed shows the same: in the
-# filters<!-- fig-filters --> plain colours first, then transitions from one to another;
-# and positions<!-- fig-positions --> that moved as their neighbours did. The left edge
-# moved as the right one, too, perhaps because images are flipped at random. Where the
-# patches are loud enough beside it, the noise need not do harm: random directions are
-# nearly orthogonal, and so already easy to tell apart.
+# neighbourhoods in positions. At first sight little of it is here, one nearly plain
+# filter: both start as noise, the positions with variance 1, as the exercise
+# prescribes, and training moved them by so little that the noise is still on top. But
+# what it changed shows the same: in the filters<!-- fig-filters --> plain colours
+# first, then transitions from one to another; and positions<!-- fig-positions --> that
+# moved as their neighbours did. The left edge moved as the right one, too, perhaps
+# because images are flipped at random. Where the patches are loud enough beside it, the
+# noise need not do harm: random directions are nearly orthogonal, and so already easy
+# to tell apart.
 
 # %% tags=["active-ipynb", "appendix"]
 # if shows:
@@ -1220,15 +1230,15 @@ def verify(model, history, cache_dir, device):
 #   the epoch that counts is the last. But the length of the quick run was chosen by it:
 #   12 epochs were planned, and 18 were made of them when eight had been validated.
 # - The learning rate is constant, so the weights never settle, and the last epoch is
-#   one draw from a scatter. A schedule that warms up and decays to zero is the first
-#   change to try.
+#   one draw from a scatter: in the recorded default run a lucky one, the best of all. A
+#   schedule that warms up and decays to zero is the first change to try.
 # - A Vision Transformer has to learn what a convolution is given: that neighbouring
 #   pixels belong together, and that an object may be anywhere. Pre-training on far more
 #   images makes up for it
 #   ([Dosovitskiy et al., 2021](https://arxiv.org/abs/2010.11929)). With 50,000,
 #   stronger augmentation comes next, and weight decay, of which the recipe has none.
-# - One run is one draw of weights, order and crops. How far other seeds scatter stands
-#   in the appendix, as far as it was recorded.
+# - One run is one draw of weights, order and crops. How far seeds scatter was recorded
+#   of the quick run only, see the appendix.
 
 # %% [markdown]
 # ## As a script
@@ -1256,7 +1266,9 @@ def parse_arguments(arguments=None):
     )
     task = parser.add_mutually_exclusive_group()
     task.add_argument(
-        "--train", action="store_true", help="train by the recipe, or continue"
+        "--train",
+        action="store_true",
+        help="train by the recipe, or continue, unless the run is recorded already",
     )
     task.add_argument(
         "--verify", action="store_true", help="validate the recorded weights again"
@@ -1275,7 +1287,7 @@ def main():
         run_unit_tests(*UNIT_TESTS)
         return 0
 
-    from training import QUICK, Run, TrainingError, fetch
+    from training import DEFAULTS, HISTORY_NAME, QUICK, Run, TrainingError, fetch
 
     device = choose_device()
     torch.manual_seed(SEED)
@@ -1284,17 +1296,24 @@ def main():
     try:
         run = Run(CIFAR10.__name__, batch_size, lr, epochs, SEED, device)
         history = run.load_record(model)
-        if history is None and arguments.train:
+        if arguments.train and history is None:
             fetch(CIFAR10, arguments.cache_dir)
             history = train(model, run, arguments.cache_dir, batch_size, lr, device)
-        elif history is None:
+        elif arguments.train:
+            path = run.find_record()[0] / HISTORY_NAME
+            print(
+                f"This run is finished, and recorded in {path.as_posix()}. To train it "
+                "anew, delete that and the weights beside it."
+            )
+        elif history is None and run.settings == DEFAULTS:
             quick = Run(**QUICK, device=device)
             if quick.load_record(model):
+                print("The default run has no record; here is that of the quick run.")
                 run, history = quick, quick.history
         print(run.summary())
         if not run.has_weights:
             print("There are no recorded weights here to validate.")
-            return 1
+            return 0 if arguments.train else 1
         fetch(CIFAR10, arguments.cache_dir)
         return 0 if verify(model, history, arguments.cache_dir, device) else 1
     except TrainingError as error:

@@ -43,17 +43,18 @@ Exercise Sheet 11: Transformers
   attention.py            Task 1; run it to test it: python attention.py
   vision_transformer.py   Task 2; run it to test it: python vision_transformer.py
   *.ipynb                 the same as notebooks, with outputs; opened, they run and
-                          show the recorded training run, and train only if asked
+                          show the recorded training run, without training it again
   training.py             data, checkpoints and records of training runs
   analysis.py             the figures of what the trained model does
   {history}            the recorded training run
 
-The .py files need Python 3.8 or newer with torch 2.0, torchvision 0.15 and einops; the
-notebooks and training what requirements.txt lists: pip install -r requirements.txt
+To be imported and to test themselves, attention.py and vision_transformer.py need
+Python 3.8 or newer with torch 2.0, torchvision 0.15 and einops. All else needs Python
+3.10 or newer and what requirements.txt lists: pip install -r requirements.txt
 """
 VERIFY = """
 The weights are included. To validate them on the CIFAR-10 test images, fetched into
-./data if they are not there:
+./data if they are not there (after the installation named above):
 
   python vision_transformer.py --verify
 """

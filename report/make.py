@@ -33,7 +33,7 @@ OPTIONS = {
     "SURNAME": "your name, instead of the one in report/student.toml",
     "GIVEN_NAME": "likewise",
     "MATRICULATION": "your matriculation number, likewise",
-    "PRESET": "report: default (50 epochs) or quick (few, for those without a GPU)",
+    "PRESET": "report: of the default run (50 epochs) or the quick one (fewer)",
     "EPOCHS": "report: train another run than the recipe's; all of it below build/",
     "BATCH_SIZE": "report: likewise",
     "LR": "report: likewise",

@@ -1,6 +1,7 @@
 """The graded files as a grader meets them: imported, run, read."""
 
 import ast
+import json
 import re
 import shutil
 import subprocess
@@ -8,6 +9,8 @@ import sys
 
 import pytest
 from conftest import ROOT, run_script
+
+import training
 
 GRADED = ("attention.py", "vision_transformer.py")
 ALLOWED = {"torch", "torchvision", "einops", "attention"} | sys.stdlib_module_names
@@ -111,6 +114,40 @@ def test_verify_without_a_record_says_so(workplace):
     assert "There is no finished run" in done.stdout
     assert "Traceback" not in done.stderr
     assert list(workplace.iterdir()) == []
+
+
+def record(folder, settings):
+    """Put the history of a finished run beside the scripts, as a ZIP has it."""
+    history = {**settings, "format": training.FORMAT, "seconds": 3600}
+    history |= {"date": "2026-01-01T00:00:00+00:00", "machine": "a machine"}
+    history |= {"val_accs": [0.1] * 3, "val_accs_eval": [0.1] * 3}
+    history["sha256"] = training._history_digest(history)
+    (folder / training.HISTORY_NAME).write_text(json.dumps(history), "utf-8")
+
+
+def test_a_finished_run_is_not_trained_again_and_that_is_said(workplace):
+    record(workplace, training.DEFAULTS)
+    done = run_script(ROOT / "vision_transformer.py", "--train", folder=workplace)
+    assert done.returncode == 0, done.stderr
+    assert "This run is finished, and recorded in history.json" in done.stdout
+    assert "validation accuracy after the last epoch: 0.1000" in done.stdout
+    assert [path.name for path in workplace.iterdir()] == [training.HISTORY_NAME]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said", "unsaid"),
+    [
+        ([], "here is that of the quick run", "There is no finished run"),
+        (["--epochs", "10"], "There is no finished run", "quick run"),
+    ],
+)
+def test_only_the_default_run_is_stood_in_for(workplace, arguments, said, unsaid):
+    record(workplace, training.QUICK)
+    path = ROOT / "vision_transformer.py"
+    done = run_script(path, "--verify", *arguments, folder=workplace)
+    assert done.returncode == 1
+    assert said in done.stdout
+    assert unsaid not in done.stdout
 
 
 def test_the_course_s_notebook_cells_run_with_our_classes(tmp_path):
