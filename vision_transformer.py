@@ -815,7 +815,7 @@ def train(model, run, cache_dir, batch_size, lr, device):
 # the same model, recipe and learning rate, but batches of 64, which make twice as many
 # steps of an epoch, and 18 epochs. Only free parameters differ. All results below are
 # those of the run with the parameters above, or while that has no record, of the quick
-# one: the next output says which.
+# one: the next output says which. The text describes the recorded default run.
 #
 # A run that is finished is loaded from its record, after a check that this belongs to
 # this model and these parameters. With `TRAIN = True` a run without a record is
@@ -958,15 +958,12 @@ def plot_validation_accuracy(history):
 # almost always a little below the one in evaluation mode. -->
 
 # %% [markdown]
-# What is said of curves, classes and images, here and in the next sections, is said of
-# the recorded default run; another run may show others.
-#
 # Most is learned in the first epochs. Since the learning rate never falls, the accuracy
 # keeps scattering, and an epoch soon brings less than that. The loss falls on to the
 # end<!-- fig-training-loss -->, but the accuracy gains ever less from
 # it<!-- fig-validation-accuracy -->: what is learned late is more and more about the
-# training images alone. On the test images the cross-entropy is far higher than it last
-# was in training, see below. Still more epochs would cost much and bring little.
+# training images alone. On the test images the cross-entropy is far higher, see below.
+# Still more epochs would bring little.
 #
 # The recipe's own measure lies below what the model can do: it validates a model from
 # which a fifth of the hidden features is missing. For the same reason, and because
