@@ -1055,7 +1055,7 @@ def verify(model, history, cache_dir, device):
 #     logits, labels = predict(model, DataLoader(val_set, batch_size=500), device)
 #     print("\n".join(analysis.class_lines(logits, labels, classes)))
 #     steps = len(history["train_losses"]) // len(history["val_accs"])
-#     last = sum(history["train_losses"][-steps:]) / steps
+#     last = smooth(history["train_losses"], steps)[-1]
 #     test = F.cross_entropy(logits, labels)
 #     print(
 #         f"cross-entropy: {test:.3f} nats on the test images, "
