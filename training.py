@@ -1,29 +1,30 @@
 """What a training run needs and the exercise is not about.
 
-``fetch`` brings the data set. ``Run`` counts epochs, shows progress, stores a
-checkpoint after every epoch, continues from it, and keeps the record of a finished
-run. Nothing here knows the model or the recipe.
+The data set is fetched, progress shown, every epoch saved, and a finished run recorded.
+Nothing here knows the model or computes what the recipe does.
 
-A run is stored in two files: ``history.json``, everything that was measured, and
-``vision_transformer.safetensors``, the weights. Both are plain data: reading them
-executes nothing. The finished default run lives in ``report/run``, the finished quick
-run in ``report/quick``; every other run, and the checkpoints of unfinished ones, in a
-folder of their own below ``build/runs``.
+A run is a folder. While it goes on, that holds a checkpoint, which only this machine
+needs to read. When it is finished, that holds its record: ``history.json``, everything
+that was measured, and ``vision_transformer.safetensors``, the weights. Reading any of
+these files executes nothing.
 """
 
 import contextlib
 import copy
 import datetime
 import hashlib
+import io
 import json
 import os
 import platform
 import signal
+import statistics
 import sys
 import tarfile
 import tempfile
 import threading
 import time
+import zipfile
 from pathlib import Path
 
 import einops
@@ -33,27 +34,25 @@ import safetensors
 import safetensors.torch
 import torch
 import torchvision
+from torch.nn import functional as F
 from torchvision.datasets.utils import check_integrity
 from tqdm import tqdm
 
-# The run that the exercise is graded on: the parameters of the provided recipe
-DEFAULTS = {
+# The run of the exercise, and one for those who train without a GPU
+DEFAULT = {
     "dataset": "CIFAR10",
     "batch_size": 128,
     "lr": 3e-4,
     "n_epochs": 50,
     "seed": 0,
 }
-# For those who train without a GPU: `make report PRESET=quick`
-QUICK = {**DEFAULTS, "batch_size": 64, "lr": 3e-4, "n_epochs": 18}
-PRESETS = {"default": DEFAULTS, "quick": QUICK}
-RECORD_FOLDERS = {"default": Path("report", "run"), "quick": Path("report", "quick")}
-RUNS_FOLDER = Path("build", "runs")
+PRESETS = {"default": DEFAULT, "quick": {**DEFAULT, "batch_size": 64, "n_epochs": 18}}
+RECORD, QUICK_RECORD = Path("report", "run"), Path("report", "quick")
+RUNS = Path("build", "runs")
 HISTORY_NAME = "history.json"
 WEIGHTS_NAME = "vision_transformer.safetensors"
-CHECKPOINT_NAME = "checkpoint.safetensors"
+CHECKPOINT_NAME = "checkpoint.pt"
 PROBE_TOLERANCE = 1e-3
-FIRST_STEPS, TIMED_STEPS = 5, 25  # of a process: warming up, and telling how long
 FORMAT = 1  # of what is stored; raise it when older files can no longer be read
 
 ARCHIVE_NAME = "cifar-10-python.tar.gz"
@@ -70,31 +69,32 @@ WATCH_SECONDS = 10  # a source is judged over this long, again and again
 HOPELESS_BYTES_PER_SECOND = 100_000  # the archive would take half an hour
 
 
-class TrainingError(RuntimeError):
-    """Something that the user can mend; the message says how, in one sentence."""
-
-
-class DamagedError(TrainingError):
-    """A file that is there and can be read, but is not what was stored."""
+class UserError(RuntimeError):
+    """Something that the user can put right; the message says how, in one sentence."""
 
 
 # --- Files ---------------------------------------------------------------------------
 
 
-def write_whole(path, content):
-    """Write a file so that it is there whole or not at all.
-
-    Args:
-        path: the file; its folder is made when missing.
-        content: the bytes.
-
-    Raises:
-        TrainingError: the file could not be written; what was there is still there.
-    """
-    path = Path(path)
+@contextlib.contextmanager
+def _files(path):
+    """Say in one sentence what the operating system refuses."""
     try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{path} could not be read or written ({error.strerror or error}): make "
+            "room, or close what uses it, and type the same command again; what was "
+            "stored before is untouched"
+        ) from error
+
+
+def write_whole(path, content):
+    """Write bytes to a file so that it is there whole or not at all."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    with _files(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
         try:
             with temporary.open("wb") as file:
                 file.write(content)
@@ -104,85 +104,19 @@ def write_whole(path, content):
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-    except OSError as error:
-        raise TrainingError(
-            f"{path} could not be written ({error.strerror or error}): make room or "
-            "choose another folder; what was stored before is untouched"
-        ) from error
 
 
-def rename(path, target):
-    """Move a file into the place of another.
-
-    Raises:
-        TrainingError: that is not possible; both are still there.
-    """
-    try:
-        os.replace(path, target)
-    except OSError as error:
-        raise TrainingError(
-            f"{path} could not be moved ({error.strerror or error}): close what uses "
-            "it, and type the same command again"
-        ) from error
-
-
-def _digest(tensors, text):
-    """Return the SHA-256 of named tensors and a text, as hexadecimal digits."""
-    digest = hashlib.sha256(text.encode())
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def save_tensors(path, tensors, text):
-    """Store named CPU tensors and a text in one safetensors file, with a checksum."""
-    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    metadata = {"text": text, "sha256": _digest(tensors, text)}
-    write_whole(path, safetensors.torch.save(tensors, metadata))
-
-
-def load_tensors(path):
-    """Read a file of ``save_tensors``.
-
-    Returns:
-        The tensors by name, and the text.
-
-    Raises:
-        DamagedError: the file is not what was stored.
-        TrainingError: the file cannot be read at all.
-    """
-    try:
-        if not Path(path).stat().st_size:
-            raise DamagedError(f"{path} is empty")
-        with safetensors.safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            names = file.keys()
-            # Copies: Windows cannot replace a file that is mapped into memory
-            tensors = {name: file.get_tensor(name).clone() for name in names}
-    except safetensors.SafetensorError as error:
-        raise DamagedError(f"{path} is damaged: {error}") from error
-    except OSError as error:
-        raise TrainingError(
-            f"{path} cannot be read ({error}): close what uses it, and type the same "
-            "command again"
-        ) from error
-    text = metadata.get("text", "")
-    if metadata.get("sha256") != _digest(tensors, text):
-        raise DamagedError(f"{path} is damaged: its checksum does not match")
-    return tensors, text
+def checksum(path):
+    """Return the SHA-256 of a file in hexadecimal digits, empty if there is none."""
+    path = Path(path)
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
 
 
 # --- The data set --------------------------------------------------------------------
 
 
 def is_present(dataset, cache_dir):
-    """Return whether all files of a data set are there, intact by their MD5.
-
-    Args:
-        dataset: ``torchvision.datasets.CIFAR10`` or a class of its form.
-        cache_dir: the folder that is its ``root``.
-    """
+    """Return whether all files of CIFAR-10, or of its like, are there and intact."""
     folder = Path(cache_dir, dataset.base_folder)
     files = [*dataset.train_list, *dataset.test_list]
     if dataset.meta:  # a generated data set has no files
@@ -191,54 +125,31 @@ def is_present(dataset, cache_dir):
 
 
 def fetch(dataset, cache_dir, sources=SOURCES):
-    """Make sure that CIFAR-10 is in a folder.
+    """Make sure that CIFAR-10 is in a folder, the ``root`` of the data set.
 
     What is intact is left alone. Otherwise an archive that lies in the folder is
-    unpacked; otherwise the sources are tried in turn. A source that does not answer,
-    breaks off, is hopelessly slow or sends something else is given up for the next.
-
-    Args:
-        dataset: ``torchvision.datasets.CIFAR10`` or a class of its form.
-        cache_dir: the folder that is its ``root``.
-        sources: addresses of the archive.
-
-    Raises:
-        TrainingError: no source worked; the message says what to fetch by hand.
+    unpacked; otherwise the sources are tried in turn. One that does not answer, breaks
+    off, is hopelessly slow or sends something else is given up for the next.
     """
     if is_present(dataset, cache_dir):
         return
-    cache_dir = Path(cache_dir)
-    archive = cache_dir / ARCHIVE_NAME
+    archive = Path(cache_dir, ARCHIVE_NAME)
     tried = []
-    if archive.exists():
-        if check_integrity(archive, ARCHIVE_MD5):
-            _unpack(archive, cache_dir, dataset.base_folder)
-            return
+    if archive.exists() and not check_integrity(archive, ARCHIVE_MD5):
         tried.append(f"{archive}: wrong MD5, so it is incomplete or another file")
-    import pooch  # only here: in a notebook, importing it prints a warning
-
-    pooch.get_logger().setLevel("WARNING")
     for source in sources:
-        print(f"CIFAR-10 from {source}", flush=True)
+        if check_integrity(archive, ARCHIVE_MD5):
+            break
         try:
-            pooch.retrieve(
-                source,
-                known_hash=f"md5:{ARCHIVE_MD5}",
-                fname=archive.name,
-                path=cache_dir,
-                downloader=_download,
-            )
+            _download(source, archive)
         except (httpx.HTTPError, httpx.InvalidURL, ValueError, OSError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            if "does not match the known hash" in str(error):
-                reason = "sent something else (wrong MD5)"
-            print(f"  {reason}", flush=True)
             tried.append(f"{source}: {reason}")
-        else:
-            _unpack(archive, cache_dir, dataset.base_folder)
-            return
+    if check_integrity(archive, ARCHIVE_MD5):
+        _unpack(archive, dataset.base_folder)
+        return
     lines = "\n".join(f"  {line}" for line in tried)
-    raise TrainingError(
+    raise UserError(
         f"CIFAR-10 is not in {cache_dir} and could not be fetched:\n{lines}\n"
         f"Fetch {ARCHIVE_NAME} ({ARCHIVE_BYTES:,} bytes, MD5 {ARCHIVE_MD5}) by any "
         f"other way, put it at {archive} without unpacking it, and type the same "
@@ -246,14 +157,17 @@ def fetch(dataset, cache_dir, sources=SOURCES):
     )
 
 
-def _download(url, output_file, pooch=None):
-    """Download for ``pooch``: with progress, and an end to waiting.
+def _download(url, path):
+    """Download the archive, with progress and an end to waiting.
 
     The transfer runs in a thread, so that whatever it waits for (names, connections,
     headers, data) counts: a source that brings too little in ``WATCH_SECONDS`` is
     given up, be it dead, silent or throttled.
     """
     received, failure, stop = [0], [], threading.Event()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent)
+    os.close(handle)
 
     def transfer():
         try:
@@ -264,7 +178,7 @@ def _download(url, output_file, pooch=None):
                 headers={"Accept-Encoding": "identity"},
                 follow_redirects=True,
             )
-            with request as response, Path(output_file).open("wb") as file:
+            with request as response, Path(temporary).open("wb") as file:
                 response.raise_for_status()
                 for chunk in response.iter_raw():
                     if stop.is_set():
@@ -277,8 +191,14 @@ def _download(url, output_file, pooch=None):
     thread = threading.Thread(target=transfer, daemon=True)
     thread.start()
     before, since = 0, time.monotonic()
+    host = url.split("/")[2:3]
     bar = tqdm(
-        total=ARCHIVE_BYTES, unit="B", unit_scale=True, disable=None, leave=False
+        desc=f"CIFAR-10 from {''.join(host)}",
+        total=ARCHIVE_BYTES,
+        unit="B",
+        unit_scale=True,
+        disable=None,
+        leave=False,
     )
     try:
         with bar:
@@ -291,15 +211,21 @@ def _download(url, output_file, pooch=None):
                     if rate < HOPELESS_BYTES_PER_SECOND:
                         raise OSError(f"hopelessly slow ({rate / 1000:.1f} kB/s)")
                     before, since = received[0], time.monotonic()
+        if failure:
+            raise failure[0]
+        if not check_integrity(temporary, ARCHIVE_MD5):
+            raise OSError("sent something else (wrong MD5)")
+        os.replace(temporary, path)
     finally:
         stop.set()
-    if failure:
-        raise failure[0]
+        with contextlib.suppress(OSError):  # on Windows, if the thread still has it
+            Path(temporary).unlink()
 
 
-def _unpack(archive, cache_dir, folder):
+def _unpack(archive, folder):
     """Unpack one folder of an archive beside it; no file is left half-written."""
-    unpacking = tempfile.TemporaryDirectory(dir=cache_dir, prefix=".unpacking-")
+    beside = archive.parent
+    unpacking = tempfile.TemporaryDirectory(dir=beside, prefix=".unpacking-")
     try:
         with unpacking as inside, tarfile.open(archive) as tar:
             # Refuses members that would land outside, and special files. Early
@@ -307,88 +233,108 @@ def _unpack(archive, cache_dir, folder):
             tar.extraction_filter = getattr(tarfile, "data_filter", None)
             tar.extractall(inside)
             files = list(Path(inside, folder).iterdir())
-            (cache_dir / folder).mkdir(exist_ok=True)
+            (beside / folder).mkdir(exist_ok=True)
             for path in files:
-                os.replace(path, cache_dir / folder / path.name)
+                os.replace(path, beside / folder / path.name)
     except (OSError, tarfile.TarError) as error:
-        raise TrainingError(
+        raise UserError(
             f"{archive} could not be unpacked ({error}): make room, or delete it and "
             "type the same command again"
         ) from error
 
 
-# --- Progress ------------------------------------------------------------------------
+# --- Checkpoints ---------------------------------------------------------------------
 
 
-class _KernelDisplay:
-    """A text in a Jupyter output that can be replaced: a file for ``tqdm``.
+class Checkpoint:
+    """The state of a run after its last epoch, and after the one before.
 
-    While a run goes on, it shows the finished epochs and the bar; in the end only the
-    epochs are left, so nothing of the bar is stored with the notebook.
+    ``torch.load`` with ``weights_only`` reads plain data only; that a file is damaged
+    shows in the checksums (CRC-32) that every ZIP archive has, which PyTorch writes.
     """
 
-    def __init__(self):
-        from IPython.display import display
+    def __init__(self, folder):
+        self.path = Path(folder, CHECKPOINT_NAME)
+        self.previous = self.path.with_name(f"previous-{CHECKPOINT_NAME}")
 
-        self.lines = []
-        self.handle = display({"text/plain": "..."}, raw=True, display_id=True)
+    def save(self, state):
+        """Store a nested dict of tensors and plain values; keep the one before."""
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        with _files(self.path):
+            if self.path.exists():
+                os.replace(self.path, self.previous)
+        write_whole(self.path, buffer.getvalue())
 
-    def write(self, text):
-        if text.strip():
-            self._show([*self.lines, text.strip()])
+    def load(self):
+        """Return the last state that is whole, or None; delete what is damaged."""
+        for path in (self.path, self.previous):
+            if not path.exists():
+                continue
+            with _files(path):
+                content = path.read_bytes()
+            try:
+                with zipfile.ZipFile(io.BytesIO(content)) as archive:
+                    if archive.testzip():
+                        raise ValueError("a checksum does not match")
+                return torch.load(io.BytesIO(content), "cpu", weights_only=True)
+            except Exception as error:  # whatever a damaged file makes a reader raise
+                reason = str(error).split("\n")[0]
+                print(f"{path} is damaged ({reason}) and deleted", flush=True)
+                path.unlink()
+        return None
 
-    def flush(self):
-        pass
-
-    def add(self, line):
-        self.lines.append(line)
-        self._show(self.lines)
-
-    def _show(self, lines):
-        self.handle.update({"text/plain": "\n".join(lines)}, raw=True)
+    def delete(self):
+        """Delete both files."""
+        for path in (self.path, self.previous):
+            path.unlink(missing_ok=True)
 
 
-def _in_kernel():
-    ipython = sys.modules.get("IPython")
-    shell = ipython.get_ipython() if ipython else None
-    return getattr(shell, "kernel", None) is not None
-
-
-# --- Runs ----------------------------------------------------------------------------
-
-
-def handed_in():
-    """Return the name of the preset whose run is handed in.
-
-    That is the default run, and the quick one while only that is recorded.
-    """
-    for name, folder in RECORD_FOLDERS.items():
-        if (folder / HISTORY_NAME).is_file():
-            return name
-    return "default"
+# --- Records -------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def probe(model):
-    """Return what a model answers to four seeded images, on the CPU in float32.
+    """Return the logits of a model for four seeded images, as nested lists.
 
-    The answers identify the weights together with the architecture: a layer norm left
-    out or patches read in another order change them, although all shapes fit.
-
-    Args:
-        model: maps images (B, 3, 32, 32) to logits (B, num_classes).
-
-    Returns:
-        The logits, as a list of lists of floats.
+    They identify the weights together with the architecture: a layer norm left out or
+    patches read in another order change them, although all shapes fit.
     """
     images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     return copy.deepcopy(model).cpu().float().eval()(images).tolist()
 
 
-class Run:
-    """One training run: its settings, its progress, and what is stored of it.
+def load_weights(model, state, logits, source):
+    """Load a state dict, and check that the model answers ``probe`` as it did.
 
-    ``history``, the measurements, is a dict:
+    Raises ``UserError`` and leaves the model as it was if these are not its weights.
+    """
+    before = copy.deepcopy(model.state_dict())
+    try:
+        model.load_state_dict(state)
+        now, then = torch.tensor(probe(model)), torch.tensor(logits)
+        difference = (now - then).abs().max().item()
+        if not difference <= PROBE_TOLERANCE:
+            raise RuntimeError(
+                f"its logits differ by {difference:.2g}, {PROBE_TOLERANCE:g} would be "
+                "rounding"
+            )
+    except RuntimeError as error:
+        model.load_state_dict(before)
+        reason = str(error).split("\n")[0]
+        raise UserError(
+            f"{source} holds the weights of another model ({reason}): restore the code "
+            f"of that model, or train this one in another folder"
+        ) from error
+
+
+def _history_digest(history):
+    rest = {key: value for key, value in history.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def read_history(folder):
+    """Return the history of the finished run in a folder, a dict.
 
     ================== =================================================================
     dataset            name of the class of the data set, ``"CIFAR10"``
@@ -397,406 +343,113 @@ class Run:
     train_losses       cross-entropy of every step, in nats
     val_accs           accuracy after every epoch in [0, 1], as the recipe measures it
     val_accs_eval      the same with ``model.eval()``
-    epoch_seconds      duration of every epoch, validation included
-    seconds            their sum
+    val_losses_eval    validation cross-entropy with ``model.eval()``, in nats; newer
+                       records only
+    epoch_seconds      duration of every epoch, validation included; ``seconds`` is
+                       their sum
     parameters         number of parameters of the model
-    device, machine    where it ran
-    versions           of Python and the libraries
+    device, machine    where it ran; ``versions`` of Python and the libraries
     date               when it ended, UTC, ISO 8601
     probe_logits       see ``probe``
-    weights_sha256     checksum of the weights file
+    weights_sha256     checksum of the weights file; ``sha256`` that of all the above
     format             version of the way in which all this is stored
-    sha256             checksum of all the other entries
     ================== =================================================================
-
-    Args:
-        dataset: name of the class of the data set.
-        batch_size: images per step.
-        lr: learning rate.
-        n_epochs: epochs in all.
-        seed: the seed that was set before the model was made.
-        device: ``torch.device`` of the model.
     """
-
-    def __init__(self, dataset, batch_size, lr, n_epochs, seed, device):
-        self.settings = {
-            "dataset": dataset,
-            "batch_size": batch_size,
-            "lr": lr,
-            "n_epochs": n_epochs,
-            "seed": seed,
-        }
-        self.device = device
-        self.history = None
-        self.has_weights = False
-        name = f"{dataset}-batch{batch_size}-lr{lr!r}-epochs{n_epochs}-seed{seed}"
-        self.folder = RUNS_FOLDER / name
-        self._bar = None
-        self._display = None
-        self._interrupted = False
-        self._saved = None  # epochs in the checkpoint, once that is known
-
-    @property
-    def record_folder(self):
-        """Where the record of this run belongs once it is finished."""
-        for name, folder in RECORD_FOLDERS.items():
-            if self.settings == PRESETS[name] and folder.parent.is_dir():
-                return folder
-        return self.folder
-
-    def find_record(self):
-        """Look for the record of this run, finished.
-
-        In a project it has a folder of its own, and must be whole. An unpacked
-        submission has the history beside the notebooks, with or without weights.
-
-        Returns:
-            The folder and the history, or (None, None).
-
-        Raises:
-            TrainingError: there is something else in its place, or it is damaged.
-        """
-        folder = self.record_folder
-        if (folder / HISTORY_NAME).is_file():
-            history = read_history(folder / HISTORY_NAME)
-            advice = f"restore {folder}, or delete its files to train anew"
-            if not self._describes(history):
-                raise TrainingError(
-                    f"{folder / HISTORY_NAME} is the record of a run with other "
-                    f"parameters than {self.settings}: {advice}"
-                )
-            if not (folder / WEIGHTS_NAME).is_file():
-                raise TrainingError(f"{folder / WEIGHTS_NAME} is missing: {advice}")
-            return folder, history
-        beside = Path(HISTORY_NAME)
-        if beside.is_file():
-            history = read_history(beside)
-            if self._describes(history):
-                return beside.parent, history
-        return None, None
-
-    def load_record(self, model):
-        """Load the finished run, if there is one.
-
-        Args:
-            model: gets the recorded weights, if they are there.
-
-        Returns:
-            The history, or None when there is no record of this run.
-
-        Raises:
-            TrainingError: there is a record, but of another model, or damaged.
-        """
-        folder, history = self.find_record()
-        if history is None:
-            return None
-        weights = folder / WEIGHTS_NAME
-        if weights.is_file():
-            _load_weights(weights, history, model)
-            self.has_weights = True
-        self.history = history
-        return history
-
-    def _describes(self, history):
-        return all(history.get(key) == value for key, value in self.settings.items())
-
-    def epochs(self, model, optimizer, steps_per_epoch):
-        """Count the epochs that are still to be done.
-
-        Before the first of them the state of the last checkpoint is restored: weights,
-        optimiser, random numbers and history. After an interruption the run therefore
-        goes on exactly where its last full epoch ended, in the same process or another.
-
-        Args:
-            model: the model, in training mode.
-            optimizer: its optimiser.
-            steps_per_epoch: number of steps of an epoch.
-
-        Yields:
-            The number of each epoch, from 1; ``end_epoch`` must be called in each.
-        """
-        self._model, self._optimizer = model, optimizer
-        with self._alone():
-            yield from self._epochs(steps_per_epoch)
-
-    @contextlib.contextmanager
-    def _alone(self):
-        """Keep other processes from training the same run at the same time."""
-        lock = filelock.FileLock(self.folder.with_name(f".{self.folder.name}.lock"))
-        try:
-            RUNS_FOLDER.mkdir(parents=True, exist_ok=True)
-            lock.acquire(timeout=0)
-        except filelock.Timeout as error:
-            raise TrainingError(
-                f"another process is training the run in {self.folder}: wait for it, "
-                "or end it"
-            ) from error
-        except OSError as error:
-            raise TrainingError(
-                f"{RUNS_FOLDER} could not be written ({error.strerror or error}): make "
-                "room or choose another folder"
-            ) from error
-        try:
-            for folder in (self.folder, self.record_folder):
-                for path in folder.glob(".*.part"):  # of a process that was killed
-                    path.unlink(missing_ok=True)
-            yield
-        finally:
-            lock.release()
-
-    def _epochs(self, steps_per_epoch):
-        model = self._model
-        if not self._restore():
-            self.history = {
-                **self.settings,
-                "format": FORMAT,
-                "train_losses": [],
-                "val_accs": [],
-                "val_accs_eval": [],
-                "epoch_seconds": [],
-                "parameters": sum(p.numel() for p in model.parameters()),
-            }
-            # An interruption in the first epoch must find its beginning again
-            self._store_checkpoint()
-        n_epochs, done = self.settings["n_epochs"], len(self.history["val_accs"])
-        self._display = _KernelDisplay() if _in_kernel() else None
-        start = f"continues after epoch {done}" if done else "starts"
-        self._say(f"The run {start}; its record will lie in {self.record_folder}.")
-        # Not on a terminal, tqdm prints nothing: a log gets one line per epoch
-        self._bar = tqdm(
-            total=n_epochs * steps_per_epoch,
-            initial=done * steps_per_epoch,
-            unit="step",
-            file=self._display,
-            disable=False if self._display else None,
-            leave=False,
-            mininterval=0.5,
-            ncols=76,
+    path = Path(folder, HISTORY_NAME)
+    advice = "restore it, or train the run in another folder"
+    try:
+        history = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(history, dict):
+            raise ValueError("no JSON object")
+    except FileNotFoundError:
+        raise UserError(
+            f"{path} is missing: there is no finished run in {folder}; `make train` "
+            "trains one, `make report RUN=...` shows it"
+        ) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read ({error}): {advice}") from error
+    if history.get("format") != FORMAT:
+        raise UserError(
+            f"{path} has format {history.get('format')!r}, and {FORMAT} is read here: "
+            f"{advice}"
         )
-        with self._bar, self._ctrl_c_waits():
-            for epoch in range(done + 1, n_epochs + 1):
-                accs = self.history["val_accs"]
-                accuracy = f", accuracy {accs[-1]:.3f}" if accs else ""
-                self._bar.set_description(f"epoch {epoch}/{n_epochs}{accuracy}")
-                self._epoch_start = time.perf_counter()
-                yield epoch
-        self._store_record()
+    if history.get("sha256") != _history_digest(history):
+        raise UserError(f"{path} is damaged: its checksum does not match: {advice}")
+    return history
 
-    @contextlib.contextmanager
-    def _ctrl_c_waits(self):
-        """Let an interruption wait for the next time the model is called.
 
-        Raised anywhere, it may be dropped, or leave a lock behind that is waited for
-        forever: between epochs torch shuts down its worker processes. A second one is
-        raised at once.
-        """
+def load_record(folder, settings, model):
+    """Load a finished run, whose history must say what ``settings`` do.
 
-        def note(*_):
-            if self._interrupted:
-                raise KeyboardInterrupt
-            self._interrupted = True
+    Where the folder does not exist, as in an unpacked submission, the record is looked
+    for beside the notebooks. Returns the model with the recorded weights, None if the
+    record has come without any, and the history.
+    """
+    if not Path(folder).is_dir() and Path(HISTORY_NAME).is_file():
+        folder = "."
+    history = read_history(folder)
+    _check_settings(Path(folder, HISTORY_NAME), history, settings)
+    path = Path(folder, WEIGHTS_NAME)
+    if not path.is_file():
+        return None, history
+    if checksum(path) != history["weights_sha256"]:
+        raise UserError(
+            f"{path} does not belong to the {HISTORY_NAME} beside it, or is damaged: "
+            "restore both, or train the run in another folder"
+        )
+    state = safetensors.torch.load(path.read_bytes())
+    load_weights(model, state, history["probe_logits"], path)
+    return model, history
 
-        def check(*_):
-            if self._interrupted:
-                raise KeyboardInterrupt
 
-        self._interrupted, self._steps = False, 0
-        if threading.current_thread() is not threading.main_thread():
-            yield  # where no signal arrives, and none can be waited for
-            return
-        before = signal.signal(signal.SIGINT, note)
-        hook = self._model.register_forward_pre_hook(check)
-        try:
-            yield
-        finally:
-            hook.remove()
-            signal.signal(signal.SIGINT, before)
-
-    def on_step(self, loss):
-        """Show progress; ``loss`` is read only when the display is due."""
-        self._steps += 1
-        if self._steps == FIRST_STEPS:
-            self._first = time.perf_counter()
-        elif self._steps == TIMED_STEPS:
-            seconds = (time.perf_counter() - self._first) / (TIMED_STEPS - FIRST_STEPS)
-            hours = seconds * (self._bar.total - self._bar.n) / 3600
-            self._say(
-                f"About {hours:.1f} hours of training are to come on this machine."
+def _check_settings(path, history, settings):
+    for name, value in settings.items():
+        if history.get(name) != value:
+            raise UserError(
+                f"{path} is of a run with {name} = {history.get(name)!r}, not "
+                f"{value!r}: name its folder and its settings together, or train yours "
+                "in another folder"
             )
-        if self._bar.update():
-            self._bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
 
-    def end_epoch(self, losses, val_acc, val_acc_eval):
-        """Note what an epoch measured, and store a checkpoint.
 
-        Args:
-            losses: the loss of every step.
-            val_acc: validation accuracy as the recipe measures it, in [0, 1].
-            val_acc_eval: the same with ``model.eval()``.
-        """
-        history = self.history
-        history["train_losses"] += losses
-        history["val_accs"].append(val_acc)
-        history["val_accs_eval"].append(val_acc_eval)
-        history["epoch_seconds"].append(time.perf_counter() - self._epoch_start)
-        self._store_checkpoint()
-        self._say(
-            f"epoch {len(history['val_accs']):>3}: "
-            f"loss {sum(losses) / max(len(losses), 1):.3f}, "
-            f"validation accuracy {val_acc:.4f} (recipe), {val_acc_eval:.4f} (eval), "
-            f"{history['epoch_seconds'][-1]:.0f} s"
-        )
+def first_epoch_at(accuracies, mark):
+    """Return the first epoch, counted from 1, with at least this accuracy, or None."""
+    return next((n for n, acc in enumerate(accuracies, 1) if acc >= mark), None)
 
-    def interrupted(self):
-        """Say what is saved and how to go on; to be called at ``KeyboardInterrupt``."""
-        if self._bar:
-            self._bar.close()
-        n_epochs = self.settings["n_epochs"]
-        if self._saved is None:
-            where = "Interrupted at the start; what was saved before still is"
-        elif self._saved:
-            where = (
-                f"Interrupted: {self._saved} of {n_epochs} epochs are saved in "
-                f"{self.folder}"
-            )
-        else:
-            where = f"Interrupted before the first of {n_epochs} epochs was finished"
-        self._say(f"{where}. Run the same again, and it continues there.")
 
-    def _say(self, line):
-        if self._display:
-            self._display.add(line)
-        else:
-            tqdm.write(line)
-            sys.stdout.flush()
+def hours(history):
+    """Return how long a run takes, whatever one epoch in a sleeping machine took."""
+    seconds = history["epoch_seconds"]
+    return len(seconds) * statistics.median(seconds) / 3600
 
-    def _store_checkpoint(self):
-        tensors = {f"model.{k}": v for k, v in self._model.state_dict().items()}
-        for index, state in self._optimizer.state_dict()["state"].items():
-            for name, value in state.items():
-                tensors[f"optimizer.{index}.{name}"] = value
-        tensors["random.cpu"] = torch.get_rng_state()
-        if self.device.type == "cuda":
-            tensors["random.cuda"] = torch.cuda.get_rng_state(self.device)
-        elif self.device.type == "mps":
-            tensors["random.mps"] = torch.mps.get_rng_state()
-        tensors = {name: value.detach().cpu() for name, value in tensors.items()}
-        history = {**self.history, "probe_logits": probe(self._model)}
-        path, previous = self._checkpoints()
-        if path.exists():
-            rename(path, previous)
-        save_tensors(path, tensors, json.dumps(history))
-        self._saved = len(history["val_accs"])
 
-    def _checkpoints(self):
-        """Return the paths of the last checkpoint and of the one before."""
-        path = self.folder / CHECKPOINT_NAME
-        return path, path.with_name("previous-" + path.name)
+def finished(history):
+    """Return when a run was finished, to the minute."""
+    return f"{history['date'][:16].replace('T', ' ')} UTC"
 
-    def _restore(self):
-        """Restore the last good checkpoint; return whether there was one."""
-        for candidate in self._checkpoints():
-            if not candidate.is_file():
-                continue
-            try:
-                tensors, text = load_tensors(candidate)
-            except DamagedError as error:
-                print(f"{error}; trying an older one", flush=True)
-                candidate.unlink()  # or it would take the place of the older one
-                continue
-            history = json.loads(text)
-            if history.get("format") != FORMAT:
-                raise TrainingError(
-                    f"{candidate} has format {history.get('format')!r}, and {FORMAT} "
-                    f"is read here: delete {candidate.parent} to train anew"
-                )
-            self._restore_from(candidate, tensors, history)
-            return True
-        return False
 
-    def _restore_from(self, path, tensors, history):
-        groups = {"model": {}, "optimizer": {}, "random": {}}
-        for name, value in tensors.items():
-            group, _, rest = name.partition(".")
-            groups[group][rest] = value
-        if not self._describes(history):
-            raise TrainingError(
-                f"{path} belongs to a run with other parameters than {self.settings}: "
-                f"delete {path.parent} to train anew"
-            )
-        _load_state(path, history, groups["model"], self._model)
-        state = {}
-        for name, value in groups["optimizer"].items():
-            index, _, key = name.partition(".")
-            state.setdefault(int(index), {})[key] = value
-        whole = self._optimizer.state_dict()
-        self._optimizer.load_state_dict({**whole, "state": state})
-        torch.set_rng_state(groups["random"]["cpu"])
-        if "cuda" in groups["random"] and self.device.type == "cuda":
-            torch.cuda.set_rng_state(groups["random"]["cuda"], self.device)
-        if "mps" in groups["random"] and self.device.type == "mps":
-            torch.mps.set_rng_state(groups["random"]["mps"])
-        del history["probe_logits"]
-        self.history, self._saved = history, len(history["val_accs"])
+def describe(history):
+    """Return the settings of a run in words."""
+    return (
+        f"{history['dataset']}, batch size {history['batch_size']}, learning rate "
+        f"{history['lr']:g}, {history['n_epochs']} epochs, seed {history['seed']}"
+    )
 
-    def _store_record(self):
-        weights = {k: v.detach().cpu() for k, v in self._model.state_dict().items()}
-        content = safetensors.torch.save(
-            {name: value.contiguous() for name, value in weights.items()}
-        )
-        name = processor_name()
-        if self.device.type == "cuda":
-            name = torch.cuda.get_device_name(self.device)
-        self.history.update(
-            seconds=sum(self.history["epoch_seconds"]),
-            device=self.device.type,
-            machine=f"{name}, {torch.get_num_threads()} threads, {platform.system()}",
-            versions={
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "torchvision": torchvision.__version__,
-                "einops": einops.__version__,
-            },
-            date=datetime.datetime.now(datetime.timezone.utc).isoformat("T", "seconds"),
-            probe_logits=probe(self._model),
-            weights_sha256=hashlib.sha256(content).hexdigest(),
-        )
-        self.history["sha256"] = _history_digest(self.history)
-        folder = self.record_folder
-        write_whole(folder / WEIGHTS_NAME, content)
-        text = json.dumps(self.history, indent=None, separators=(", ", ": "))
-        write_whole(folder / HISTORY_NAME, (text + "\n").encode())
-        self.has_weights = True
-        for path in self._checkpoints():  # the record holds all that is needed now
-            path.unlink(missing_ok=True)
 
-    def summary(self):
-        """Return what is known of this run, as a few lines."""
-        history = self.history
-        s = self.settings
-        what = (
-            f"batch size {s['batch_size']}, learning rate {s['lr']:g}, "
-            f"{s['n_epochs']} epochs, seed {s['seed']}"
-        )
-        if history is None or "date" not in history:
-            return (
-                f"There is no finished run on {s['dataset']} with {what}.\n"
-                "To train it: TRAIN = True in the notebook, or `python "
-                "vision_transformer.py --train`, with these parameters."
-            )
-        hours = history["seconds"] / 3600
-        lines = [
-            f"{s['dataset']}, {what}",
-            f"{hours:.2f} hours by the clock on {history['machine']}, "
-            f"{finished(history)}",
-            f"validation accuracy after the last epoch: {history['val_accs'][-1]:.4f} "
-            f"(recipe), {history['val_accs_eval'][-1]:.4f} (eval)",
-        ]
-        for mark in (0.25, 0.5, 0.7):
-            reached = [e for e, acc in enumerate(history["val_accs"], 1) if acc >= mark]
-            when = f"reached in epoch {reached[0]}" if reached else "not reached"
-            lines.append(f"{mark:.0%} by the recipe's measure: {when}")
-        return "\n".join(lines)
+def summary(history):
+    """Return what is known of a finished run as a few lines."""
+    by_recipe = history["val_accs"]
+    lines = [
+        describe(history),
+        f"{hours(history):.2f} hours on {history['machine']}, {finished(history)}",
+        f"validation accuracy after the last epoch: {by_recipe[-1]:.4f} (recipe), "
+        f"{history['val_accs_eval'][-1]:.4f} (eval)",
+    ]
+    for mark in (0.25, 0.5, 0.7):
+        epoch = first_epoch_at(by_recipe, mark)
+        reached = f"reached in epoch {epoch}" if epoch else "not reached"
+        lines.append(f"{mark:.0%} by the recipe's measure: {reached}")
+    return "\n".join(lines)
 
 
 def processor_name():
@@ -809,72 +462,246 @@ def processor_name():
     return platform.processor() or platform.machine()
 
 
-def _history_digest(history):
-    """Return the SHA-256 of a history without its own checksum."""
-    rest = {key: value for key, value in history.items() if key != "sha256"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+# --- Progress ------------------------------------------------------------------------
 
 
-def finished(history):
-    """Return when a run was finished, to the minute."""
-    return f"{history['date'][:16].replace('T', ' ')} UTC"
+class Progress:
+    """Lines that stay, and a bar that goes: on a terminal and in a notebook.
 
-
-def read_history(path):
-    """Read a ``history.json``.
-
-    Raises:
-        TrainingError: it cannot be read, is damaged, or was stored in another format.
+    In a log, where no bar can be drawn, the lines are all.
     """
-    advice = "restore it, or delete it to train anew"
+
+    def __init__(self, total, done):
+        in_notebook = "ipykernel" in sys.modules
+        self.bar = tqdm(
+            total=total,
+            initial=done,
+            unit="step",
+            file=sys.stdout,
+            disable=False if in_notebook else None,
+            leave=False,
+            mininterval=0.5,
+            ncols=76,
+        )
+
+    def step(self, loss):
+        """Move the bar; the loss is read only when the bar is drawn."""
+        if self.bar.update():
+            self.bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
+
+    def say(self, line):
+        """Print a line above the bar."""
+        self.bar.write(line, file=sys.stdout)
+        sys.stdout.flush()
+
+
+@contextlib.contextmanager
+def ctrl_c_waits(model):
+    """Let an interruption wait for the next time that the model is called.
+
+    Raised anywhere, it may be dropped, or leave a lock behind that is waited for
+    forever: between epochs torch ends its worker processes. A second one is raised at
+    once.
+    """
+    noted = []
+
+    def note(*_):
+        if noted:
+            raise KeyboardInterrupt
+        noted.append(True)
+
+    def check(*_):
+        if noted:
+            raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield  # where no signal arrives, and none can be waited for
+        return
+    before = signal.signal(signal.SIGINT, note)
+    hook = model.register_forward_pre_hook(check)
     try:
-        history = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(history, dict):
-            raise ValueError("no JSON object")
-    except (OSError, ValueError, RecursionError) as error:
-        raise TrainingError(f"{path} cannot be read ({error}): {advice}") from error
-    if history.get("format") != FORMAT:
-        raise TrainingError(
-            f"{path} has format {history.get('format')!r}, and {FORMAT} is read here: "
-            f"{advice}"
+        yield
+    finally:
+        hook.remove()
+        signal.signal(signal.SIGINT, before)
+
+
+# --- Runs ----------------------------------------------------------------------------
+
+
+class Run:
+    """A training run: what the loop tells it is shown, saved and, at the end, recorded.
+
+    ``settings`` is a dict of plain values, with which the history begins, and which
+    names the folder unless another is given.
+    """
+
+    def __init__(self, settings, folder=None):
+        self.settings = dict(settings)
+        name = "-".join(f"{key}{value}" for key, value in self.settings.items())
+        self.folder = Path(folder) if folder else RUNS / name
+        self.history = None
+
+    @property
+    def is_finished(self):
+        """Whether its record is there."""
+        return (self.folder / HISTORY_NAME).is_file()
+
+    @property
+    def epochs_done(self):
+        """Epochs that are saved and need not be trained again."""
+        return len(self.history["val_accs"])
+
+    @contextlib.contextmanager
+    def started(self, model, optimizer, n_epochs, steps_per_epoch):
+        """Go on from the last checkpoint, show progress, and record the run at the end.
+
+        Weights, optimiser and random numbers are restored as they were after the last
+        full epoch, so an interrupted run ends bit for bit as an uninterrupted one.
+        """
+        self.model, self.optimizer = model, optimizer
+        self.checkpoint = Checkpoint(self.folder)
+        with self._locked():
+            self._restore()
+            self.progress = Progress(
+                n_epochs * steps_per_epoch, self.epochs_done * steps_per_epoch
+            )
+            done = self.epochs_done
+            start = f"continues after epoch {done}" if done else "starts"
+            self.progress.say(f"The run {start}; it is stored in {self.folder}.")
+            self._begin_epoch()
+            try:
+                with ctrl_c_waits(model), self.progress.bar:
+                    yield
+            except KeyboardInterrupt:
+                print(
+                    f"Interrupted: {self.epochs_done} of {n_epochs} epochs are saved "
+                    f"in {self.folder}. Run the same again, and it continues there.",
+                    flush=True,
+                )
+                raise
+            self._record()
+
+    def note_step(self, loss):
+        """Note the loss of a step, a tensor without axes, and show progress."""
+        self._losses.append(loss.detach())
+        self.progress.step(loss)
+
+    def note_epoch(self, accuracy, logits, labels):
+        """Note what was validated after an epoch, and save a checkpoint.
+
+        Accuracy as the recipe measures it, in [0, 1]; logits (N, num_classes) in
+        evaluation mode, and labels (N,).
+        """
+        losses = torch.stack(self._losses).tolist() if self._losses else []
+        measured = {
+            "val_accs": accuracy,
+            "val_accs_eval": (logits.argmax(dim=-1) == labels).double().mean().item(),
+            "val_losses_eval": F.cross_entropy(logits, labels).item(),
+            "epoch_seconds": time.perf_counter() - self._start,
+        }
+        self.history["train_losses"] += losses
+        for name, value in measured.items():
+            self.history[name].append(value)
+        self._save()
+        self.progress.say(
+            f"epoch {self.epochs_done:>3}: "
+            f"loss {sum(losses) / max(len(losses), 1):.3f}, validation accuracy "
+            f"{accuracy:.4f} (recipe), {measured['val_accs_eval']:.4f} (eval), "
+            f"{measured['epoch_seconds']:.0f} s"
         )
-    if history.get("sha256") != _history_digest(history):
-        raise TrainingError(f"{path} is damaged: its checksum does not match: {advice}")
-    return history
+        self._begin_epoch()
 
+    def _begin_epoch(self):
+        self._losses, self._start = [], time.perf_counter()
 
-def _load_weights(path, history, model):
-    """Put recorded weights into a model, if they are those of the history."""
-    content = path.read_bytes()
-    if hashlib.sha256(content).hexdigest() != history.get("weights_sha256"):
-        raise TrainingError(
-            f"{path} does not belong to the {HISTORY_NAME} beside it, or is damaged: "
-            "restore both, or delete both to train anew"
+    @contextlib.contextmanager
+    def _locked(self):
+        """Keep other processes from training the same run at the same time."""
+        lock = filelock.FileLock(RUNS / f".{self.folder.name}.lock", timeout=0)
+        with _files(self.folder):
+            RUNS.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire()
+        except filelock.Timeout:
+            raise UserError(
+                f"another process is training the run in {self.folder}: wait for it, "
+                "or end it"
+            ) from None
+        try:
+            for path in self.folder.glob(".*.part"):  # of a process that was killed
+                path.unlink(missing_ok=True)
+            yield
+        finally:
+            lock.release()
+
+    def _save(self):
+        self.checkpoint.save(
+            {
+                "history": self.history,
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "random": {k: m.get_rng_state() for k, m in self._random().items()},
+                "probe_logits": probe(self.model),
+            }
         )
-    _load_state(path, history, safetensors.torch.load(content), model)
 
+    def _restore(self):
+        state = self.checkpoint.load()
+        if state is None:
+            lists = ("train_losses", "val_accs", "val_accs_eval", "val_losses_eval")
+            self.history = {
+                **self.settings,
+                "format": FORMAT,
+                **{name: [] for name in (*lists, "epoch_seconds")},
+                "parameters": sum(p.numel() for p in self.model.parameters()),
+            }
+            self._save()  # an interruption in the first epoch must find its beginning
+            return
+        path = self.checkpoint.path
+        self.history = state["history"]
+        _check_settings(path, self.history, {**self.settings, "format": FORMAT})
+        load_weights(self.model, state["model"], state["probe_logits"], path)
+        self.optimizer.load_state_dict(state["optimizer"])
+        for name, module in self._random().items():
+            if name in state["random"]:  # not so after a change of device
+                module.set_rng_state(state["random"][name])
 
-def _load_state(path, history, state, model):
-    """Load weights strictly, and check that the model answers as it did."""
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    advice = f"delete {path.parent} to train this model anew, or restore its code"
-    try:
-        model.load_state_dict(state, strict=True)
-    except RuntimeError as error:
-        raise TrainingError(
-            f"{path} holds the weights of another model (their names or sizes "
-            f"differ): {advice}"
-        ) from error
-    recorded = torch.tensor(history["probe_logits"])
-    answers = torch.tensor(probe(model))
-    difference = (
-        (answers - recorded).abs().max().item()
-        if answers.shape == recorded.shape
-        else float("inf")
-    )
-    if not difference <= PROBE_TOLERANCE:
-        model.load_state_dict(before)
-        raise TrainingError(
-            f"{path} holds the weights of another model (its logits differ by "
-            f"{difference:.2g}, {PROBE_TOLERANCE:g} would be rounding): {advice}"
+    def _random(self):
+        """Return the modules of torch whose random numbers the run draws."""
+        device = self._device()
+        return {"cpu": torch} | (
+            {} if device == "cpu" else {device: getattr(torch, device)}
         )
+
+    def _device(self):
+        return next(self.model.parameters()).device.type
+
+    def _record(self):
+        weights = {
+            name: value.detach().cpu().contiguous()
+            for name, value in self.model.state_dict().items()
+        }
+        content = safetensors.torch.save(weights)
+        device = self._device()
+        name = torch.cuda.get_device_name() if device == "cuda" else processor_name()
+        self.history.update(
+            seconds=sum(self.history["epoch_seconds"]),
+            device=device,
+            machine=f"{name}, {torch.get_num_threads()} threads, {platform.system()}",
+            versions={
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "torchvision": torchvision.__version__,
+                "einops": einops.__version__,
+            },
+            date=datetime.datetime.now(datetime.timezone.utc).isoformat("T", "seconds"),
+            probe_logits=probe(self.model),
+            weights_sha256=hashlib.sha256(content).hexdigest(),
+        )
+        self.history["sha256"] = _history_digest(self.history)
+        write_whole(self.folder / WEIGHTS_NAME, content)
+        text = json.dumps(self.history) + "\n"
+        write_whole(self.folder / HISTORY_NAME, text.encode())
+        self.checkpoint.delete()  # the record holds all that is needed now

@@ -1,99 +1,109 @@
 """Training runs for choices, ablations and seeds: `python bench/trials.py`.
 
 Choices and ablations never look at the test images: 5,000 of the 50,000 training images
-are held out, and every trial is judged by its accuracy on them. What a trial trains on
-is in its file: ``images`` of the other 45,000 training images, for ``epochs`` passes.
-The seeds, asked for by name because they take hours, are whole quick runs by the
-recipe, validated as it does.
+are held out, and every trial is judged by them. It trains on ``images`` of the others,
+for ``epochs`` passes. The seeds are whole quick runs by the recipe and take hours, so
+they run only when asked for.
 
-A finished trial is a file in ``bench/trials``; a trial with a file is not run again, so
-an interrupted series goes on.
+A finished trial is a file in ``bench/trials`` and is not run again. An interrupted one
+continues after its last epoch, from its folder in ``build/trials``.
 """
 
 import argparse
-import datetime
-import hashlib
 import json
 import math
 import sys
-import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, Subset
 from torchvision.datasets import CIFAR10
-from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import vision_transformer as ours  # noqa: E402
+from attention import choose_device  # noqa: E402
+from figures import calibration  # noqa: E402
 from training import (  # noqa: E402
-    QUICK,
+    PRESETS,
     Run,
-    TrainingError,
+    UserError,
     fetch,
+    load_record,
     processor_name,
     write_whole,
 )
 
 FOLDER = ROOT / "bench" / "trials"
-ABLATION_FIGURE = ROOT / "bench" / "ablation.svg"
+RUNS = ROOT / "build" / "trials"
 HELD_OUT = 5_000
 SEEDS = (1, 2)  # beside 0, that of the run in report/quick
 
 
 @dataclass
 class Trial:
-    """One short run; ``make`` names a function of this file that makes the model."""
+    """One run; ``make`` names its model in ``MODELS``."""
 
     group: str
     name: str
-    make: str = "default"
-    batch_size: int = 128
+    make: str
+    batch_size: int = 64
     lr: float = 3e-4
-    epochs: int = 1
-    images: int = 45_000
+    epochs: int = 2
+    images: int = 15_000
     seed: int = 0
 
     @property
+    def stem(self):
+        """The name of its file and of its folder."""
+        return f"{self.group} {self.name}".replace(",", "").replace(" ", "-")
+
+    @property
     def path(self):
-        name = f"{self.group} {self.name}".replace(",", "").replace(" ", "-")
-        return FOLDER / f"{name}.json"
+        """Where its record is, or will be."""
+        return FOLDER / f"{self.stem}.json"
 
 
 # --- Models --------------------------------------------------------------------------
 
 
-def default():
-    """Return the model as it is handed in."""
-    return ours.VisionTransformer()
+@torch.no_grad()
+def patches(model, factor):
+    """Scale the patch embedding, which begins three times as loud as Xavier's."""
+    model.patch_embedding.weight.mul_(factor)
+    return model
+
+
+@torch.no_grad()
+def branches(model, factor):
+    """Scale the last linear layer of both residual branches of every block."""
+    for block in model.blocks:
+        block.attention.inner_module[1].out.weight.mul_(factor)
+        block.feed_forward.inner_module[1].layers[3].weight.mul_(factor)
+    return model
+
+
+def zero_branches(gain=3):
+    """Every block begins as the identity: Zhang et al. (2019), "Fixup"."""
+    return patches(branches(ours.VisionTransformer(), 0), gain / 3)
+
+
+def gpt2_branches():
+    """Branches times 1 / sqrt(2N) in a model of N blocks: Radford et al. (2019)."""
+    model = ours.VisionTransformer()
+    return branches(model, 1 / math.sqrt(2 * len(model.blocks)))
 
 
 def pytorch():
     """All linear layers as PyTorch initialises them."""
-    model = default()
+    model = ours.VisionTransformer()
     for module in model.modules():
         if isinstance(module, nn.Linear):
             module.reset_parameters()
-    return model
-
-
-@torch.no_grad()
-def loud_patches():
-    """PyTorch's initialisation, with a patch embedding that positions do not drown."""
-    model = pytorch()
-    model.patch_embedding.weight.mul_(ours.PATCH_GAIN)
-    return model
-
-
-@torch.no_grad()
-def xavier():
-    """Xavier-uniform weights, the patch embedding no louder than the rest."""
-    model = default()
-    model.patch_embedding.weight.div_(ours.PATCH_GAIN)
     return model
 
 
@@ -121,134 +131,159 @@ def mimetic():
     return model
 
 
-def no_positions():
-    """No positional embedding, neither for patches nor for the class token."""
-    model = default()
-    for position in (model.position_embedding, model.class_position):
-        nn.init.zeros_(position)
-        position.requires_grad_(False)
+class DropoutBefore(nn.Module):
+    """A block with dropout of its input."""
+
+    def __init__(self, block, p_dropout):
+        super().__init__()
+        self.dropout, self.block = ours.Dropout(p_dropout), block
+
+    def forward(self, x, keep=None):
+        return self.block(self.dropout(x), keep)
+
+
+def paper_dropout(model, p_dropout=0.2):
+    """Drop out also after attention's output and after the positions are added.
+
+    Dosovitskiy et al. (2021), Appendix B.1: after every dense layer except those for
+    queries, keys and values, and directly after adding the positions.
+    """
+    for block in model.blocks:
+        layer = block.attention.inner_module[1]
+        layer.out = nn.Sequential(layer.out, ours.Dropout(p_dropout))
+    model.blocks[0] = DropoutBefore(model.blocks[0], p_dropout)
     return model
 
 
-def one_head():
-    return ours.VisionTransformer(n_heads=1)
+class PostNormBlock(nn.Module):
+    """A block with the layer norms behind the residual connections: Vaswani et al."""
 
-
-def patch_2():
-    return ours.VisionTransformer(patch_size=2)
-
-
-def patch_8():
-    return ours.VisionTransformer(patch_size=8)
-
-
-def no_dropout():
-    return ours.VisionTransformer(p_dropout=0.0)
-
-
-class PostNorm(nn.Module):
-    """A residual connection with the layer norm behind it, as in Vaswani et al."""
-
-    def __init__(self, residual):
+    def __init__(self, block):
         super().__init__()
-        self.norm, self.inner_module = residual.inner_module
+        self.attention_norm, self.attention = block.attention.inner_module
+        self.mlp_norm, self.mlp = block.feed_forward.inner_module
 
-    def forward(self, x):
-        return self.norm(x + self.inner_module(x))
-
-
-class PostNormViT(ours.VisionTransformer):
-    """Layer norm behind each residual connection instead of in front of each layer."""
-
-    def __init__(self):
-        super().__init__()
-        self.blocks = nn.Sequential(
-            *(
-                nn.Sequential(PostNorm(block.attention), PostNorm(block.feed_forward))
-                for block in self.blocks
-            )
-        )
-        self.norm = nn.Identity()  # the last block normalises already
-
-    def forward(self, x):
-        class_token = (self.class_token + self.class_position).expand(len(x), -1, -1)
-        x = self.blocks(torch.cat([class_token, self.patchify(x)], dim=1))
-        return self.head(x[:, 0])
+    def forward(self, x, keep=None):
+        x = self.attention_norm(x[:, :keep] + self.attention(x, keep))
+        return self.mlp_norm(x + self.mlp(x))
 
 
 def post_norm():
-    return PostNormViT()
+    """Layer norm behind each residual connection instead of in front of each layer."""
+    model = ours.VisionTransformer()
+    model.blocks = nn.ModuleList(PostNormBlock(block) for block in model.blocks)
+    model.norm = nn.Identity()  # the last block normalises already
+    return model
+
+
+def no_positions():
+    """No positional embedding, neither for patches nor for the class token."""
+    model = ours.VisionTransformer()
+    for name, parameter in model.named_parameters():
+        if "position" in name:
+            nn.init.zeros_(parameter).requires_grad_(False)
+    return model
+
+
+MODELS = {
+    "default": ours.VisionTransformer,
+    "pytorch": pytorch,
+    "mimetic": mimetic,
+    "loud_patches": lambda: patches(pytorch(), 3),
+    "xavier": lambda: patches(ours.VisionTransformer(), 1 / 3),
+    "zero_branches": zero_branches,
+    "zero_branches_gain_1": partial(zero_branches, gain=1),
+    "zero_branches_gain_2": partial(zero_branches, gain=2),
+    "zero_branches_gain_5": partial(zero_branches, gain=5),
+    "gpt2_branches": gpt2_branches,
+    "zero_branches_paper_dropout": lambda: paper_dropout(zero_branches()),
+    "zero_branches_gain_1_paper_dropout": lambda: paper_dropout(zero_branches(gain=1)),
+    "no_positions": no_positions,
+    "one_head": partial(ours.VisionTransformer, n_heads=1),
+    "patch_8": partial(ours.VisionTransformer, patch_size=8),
+    "patch_2": partial(ours.VisionTransformer, patch_size=2),
+    "no_dropout": partial(ours.VisionTransformer, p_dropout=0.0),
+    "post_norm": post_norm,
+}
 
 
 # --- Running -------------------------------------------------------------------------
 
-SHORT = {"batch_size": 64, "epochs": 2, "images": 15_000}
-ABLATIONS = "no_positions one_head patch_8 no_dropout post_norm patch_2"
 TRIALS = [
-    Trial("init", "pytorch", make="pytorch", **SHORT),
-    Trial("init", "mimetic", make="mimetic", **SHORT),
-    Trial("init", "loud patches", make="loud_patches", **SHORT),
-    Trial("init", "xavier", make="xavier", **SHORT),
-    Trial("init", "xavier, loud patches", make="default", **SHORT),
-    Trial("settings", "batch 32, lr 3e-4", **{**SHORT, "batch_size": 32}),
+    Trial("init", "pytorch", "pytorch"),
+    Trial("init", "mimetic", "mimetic"),
+    Trial("init", "loud patches", "loud_patches"),
+    Trial("init", "xavier", "xavier"),
+    Trial("init", "xavier, loud patches", "default"),
+    Trial("settings", "batch 32, lr 3e-4", "default", batch_size=32),
+    Trial("ablation", "no positions", "no_positions"),
+    Trial("ablation", "one head", "one_head"),
+    Trial("ablation", "patch 8", "patch_8"),
+    Trial("ablation", "no dropout", "no_dropout"),
+    Trial("ablation", "post norm", "post_norm"),
+    Trial("ablation", "patch 2", "patch_2"),
     *(
-        Trial("ablation", make.replace("_", " "), make=make, **SHORT)
-        for make in ABLATIONS.split()
+        Trial("final", name, make, batch_size=128, epochs=40, images=5_000)
+        for name, make in {
+            "today": "default",
+            "zero branches": "zero_branches",
+            "zero branches, paper dropout": "zero_branches_paper_dropout",
+            "zero branches, patch gain 1, paper dropout": (
+                "zero_branches_gain_1_paper_dropout"
+            ),
+        }.items()
     ),
+    Trial("screen", "zero branches, patch gain 3", "zero_branches", epochs=1),
+    Trial("screen", "zero branches, patch gain 1", "zero_branches_gain_1", epochs=1),
+    Trial("screen", "zero branches, patch gain 2", "zero_branches_gain_2", epochs=1),
+    Trial("screen", "zero branches, patch gain 5", "zero_branches_gain_5", epochs=1),
+    Trial("screen", "GPT-2 scaling", "gpt2_branches", epochs=1),
 ]
 
 
 def loaders(trial, cache_dir):
     """Return loaders of the trial's training images and of the held-out images."""
-    order = torch.randperm(50_000, generator=torch.Generator().manual_seed(0))
-    chosen, held_out = order[HELD_OUT:][: trial.images], order[:HELD_OUT]
+    order = torch.randperm(50_000, generator=torch.Generator().manual_seed(0)).tolist()
     augmented = CIFAR10(cache_dir, train=True, transform=ours.TRAIN_TRANSFORM)
     plain = CIFAR10(cache_dir, train=True, transform=ours.VAL_TRANSFORM)
     train_loader = DataLoader(
-        Subset(augmented, chosen.tolist()),
+        Subset(augmented, order[HELD_OUT:][: trial.images]),
         trial.batch_size,
         shuffle=True,
         drop_last=True,
         num_workers=2,
     )
-    return train_loader, DataLoader(Subset(plain, held_out.tolist()), 500)
+    return train_loader, DataLoader(Subset(plain, order[:HELD_OUT]), 500)
 
 
 def run(trial, cache_dir, device):
-    """Train and judge one trial; return its record."""
+    """Train and judge one trial, or continue it; return its record."""
     torch.manual_seed(trial.seed)
-    model = globals()[trial.make]().to(device)
-    train_loader, held_out_loader = loaders(trial, cache_dir)
-    optimizer = torch.optim.Adam(model.parameters(), lr=trial.lr)
-    record = {
+    model = MODELS[trial.make]().to(device)
+    training_run = Run(asdict(trial), RUNS / trial.stem)
+    train_loader, held_out = loaders(trial, cache_dir)
+    if training_run.is_finished:
+        _, history = load_record(training_run.folder, asdict(trial), model)
+    else:
+        history = ours.train(
+            model, train_loader, held_out, trial.lr, trial.epochs, device, training_run
+        )
+    *_, calibration_error = calibration(*ours.predict(model, held_out, device))
+    losses = torch.tensor(history["train_losses"], dtype=torch.float64)
+    return {
         **asdict(trial),
-        "train_losses": [],
-        "held_out_accs": [],
-        "held_out_accs_eval": [],
-        "epoch_seconds": [],
+        "train_losses": losses.view(trial.epochs, -1).mean(dim=1).tolist(),
+        "validated_epochs": list(range(1, trial.epochs + 1)),
+        "held_out_accs": history["val_accs"],
+        "held_out_accs_eval": history["val_accs_eval"],
+        "held_out_losses": history["val_losses_eval"],
+        "held_out_ece": calibration_error,
+        "epoch_seconds": history["epoch_seconds"],
+        "parameters": history["parameters"],
+        "machine": processor_name(),
+        "threads": torch.get_num_threads(),
+        "date": history["date"],
     }
-    bar = tqdm(total=trial.epochs * len(train_loader), desc=trial.name, disable=None)
-    with bar:
-        for _ in range(trial.epochs):
-            start = time.perf_counter()
-            losses = ours.train_one_epoch(
-                model, train_loader, optimizer, device, lambda loss: bar.update()
-            )
-            record["epoch_seconds"].append(time.perf_counter() - start)
-            record["train_losses"].append(sum(losses) / len(losses))
-            record["held_out_accs"].append(
-                ours.validate(model, held_out_loader, device)
-            )
-            record["held_out_accs_eval"].append(
-                ours.validate_in_eval_mode(model, held_out_loader, device)
-            )
-    record.update(
-        parameters=sum(p.numel() for p in model.parameters()),
-        machine=processor_name(),
-        threads=torch.get_num_threads(),
-        date=datetime.datetime.now(datetime.timezone.utc).isoformat("T", "seconds"),
-    )
-    return record
 
 
 def seed_path(seed):
@@ -258,76 +293,10 @@ def seed_path(seed):
 
 def run_seed(seed, cache_dir, device):
     """Train, or continue, the quick run with another seed; return its record."""
-    torch.manual_seed(seed)
-    model = default().to(device)
-    run = Run(**{**QUICK, "seed": seed}, device=device)
-    history = run.load_record(model) or ours.train(
-        model, run, cache_dir, QUICK["batch_size"], QUICK["lr"], device
-    )
-    kept = [*QUICK, "val_accs", "val_accs_eval", "epoch_seconds", "machine", "versions"]
-    return {key: history[key] for key in [*kept, "date", "weights_sha256"]}
-
-
-def plot_ablations(records):
-    """Draw the held-out accuracies of the ablations, the best by the recipe on top.
-
-    Args:
-        records: the records of the trials of this group, and of the model as it is
-            handed in.
-
-    Returns:
-        The matplotlib figure.
-    """
-    import matplotlib.pyplot as plt
-
-    plt.rcParams["font.size"] = 9  # as the captions of the report
-    records = sorted(records, key=lambda record: record["held_out_accs"][-1])
-    names = [
-        "as handed in" if record["make"] == "default" else record["name"]
-        for record in records
-    ]
-    rows = range(len(records))
-    figure, ax = plt.subplots(
-        figsize=(6.4, 0.75 + 0.24 * len(records)), layout="constrained"
-    )
-    # A ring, so that neither hides the other where both are the same
-    ring = {"fillstyle": "none", "markersize": 10, "markeredgewidth": 2}
-    for key, label, marker, style in (
-        ("held_out_accs_eval", "model.eval()", "s", {"color": "#E69F00"}),
-        ("held_out_accs", "recipe (dropout active)", "o", {"color": "#0072B2", **ring}),
-    ):
-        percent = [100 * record[key][-1] for record in records]
-        ax.plot(percent, rows, marker, label=label, **style)
-    ax.set_yticks(rows, names)
-    ax.set(xlabel="held-out accuracy / %", ylabel="variant")
-    ax.grid(alpha=0.3)
-    ax.legend(loc="lower right")
-    return figure
-
-
-def draw():
-    """Renew the figure of the ablations from the records, if there are any.
-
-    It names the records that it shows by a checksum, in its description.
-    """
-    import io
-
-    import matplotlib
-
-    done = [trial for trial in TRIALS if trial.path.exists()]
-    ablations = [trial.path for trial in done if trial.group == "ablation"]
-    if not ablations:
-        return
-    handed_in = [t.path for t in done if (t.group, t.make) == ("init", "default")]
-    contents = [path.read_bytes() for path in [*handed_in, *ablations]]
-    matplotlib.rcParams["svg.hashsalt"] = "ablation"  # the same bytes each time
-    figure = plot_ablations([json.loads(content) for content in contents])
-    buffer = io.BytesIO()
-    checksum = hashlib.sha256(b"".join(contents)).hexdigest()
-    figure.savefig(
-        buffer, format="svg", metadata={"Date": None, "Description": checksum}
-    )
-    write_whole(ABLATION_FIGURE, buffer.getvalue())
+    settings = PRESETS["quick"] | {"seed": seed}
+    _, history = ours.train_run(settings, cache_dir, device)
+    kept = ["val_accs", "val_accs_eval", "epoch_seconds", "machine", "versions"]
+    return {key: history[key] for key in [*settings, *kept, "date", "weights_sha256"]}
 
 
 def store(path, record):
@@ -336,7 +305,7 @@ def store(path, record):
     kind = "val_accs" if "val_accs" in record else "held_out_accs"
     print(
         f"{path.stem}: accuracy {record[kind][-1]:.4f} (recipe), "
-        f"{record[kind + '_eval'][-1]:.4f} (eval), "
+        f"{record[f'{kind}_eval'][-1]:.4f} (eval), "
         f"{sum(record['epoch_seconds']):.0f} s",
         flush=True,
     )
@@ -349,29 +318,25 @@ def main():
         "groups",
         nargs="*",
         default=groups[:-1],
-        help=f"only trials of these groups: {', '.join(groups)}; seeds take hours and "
-        "are run only when asked for",
+        help=f"only these groups, of {', '.join(groups)}; by default all but seeds",
     )
     parser.add_argument("--cache-dir", default="data")
     arguments = parser.parse_args()
     unknown = set(arguments.groups) - set(groups)
     if unknown:
         parser.error(f"no such group: {', '.join(unknown)}")
-    device = ours.choose_device()
+    device = choose_device()
     try:
         fetch(CIFAR10, arguments.cache_dir)
         for trial in TRIALS:
             if trial.group in arguments.groups and not trial.path.exists():
                 store(trial.path, run(trial, arguments.cache_dir, device))
-                draw()
         for seed in SEEDS if "seeds" in arguments.groups else ():
-            path = seed_path(seed)
-            if not path.exists():
-                store(path, run_seed(seed, arguments.cache_dir, device))
-    except TrainingError as error:
+            if not seed_path(seed).exists():
+                store(seed_path(seed), run_seed(seed, arguments.cache_dir, device))
+    except UserError as error:
         return f"error: {error}"
     except KeyboardInterrupt:
-        print("Interrupted; the same command continues.")
         return 130
     return 0
 

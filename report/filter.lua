@@ -1,74 +1,57 @@
--- What pandoc does not know about the report: which links are citations and which
--- comments name figures, and that a screen reader needs words for equations and pictures.
-
-local citations = {
-  ["https://arxiv.org/abs/1706.03762"] = "vaswani2017",
-  ["https://arxiv.org/abs/2010.11929"] = "dosovitskiy2021",
-  ["https://arxiv.org/abs/1512.03385"] = "he2016",
-  ["https://proceedings.mlr.press/v9/glorot10a.html"] = "glorot2010",
-  ["https://arxiv.org/abs/1706.04599"] = "guo2017",
-  ["https://arxiv.org/abs/2005.00928"] = "abnar2020",
-  ["https://www.cs.toronto.edu/~kriz/learning-features-2009-TR.pdf"] = "krizhevsky2009",
-}
+-- What pandoc does not know about the report: which links are citations, what stays
+-- with what follows it, and that a screen reader needs words for equations and pictures.
 
 local function typst_string(text)
   return '"' .. text:gsub("\\", "\\\\"):gsub('"', '\\"'):gsub("%s+", " ") .. '"'
 end
 
--- A comment that names a figure, which a notebook does not show, becomes its number;
--- a figure is missing where there was nothing to draw
-local figures = {}
-
-local function remember(figure)
-  figures[figure.identifier] = true
+-- The key of each entry in references.bib, by its address
+local keys = {}
+local here = pandoc.path.directory(PANDOC_SCRIPT_FILE)
+for line in io.lines(pandoc.path.join({ here, "references.bib" })) do
+  key = line:match("^@%w+{(%w+),") or key
+  local address = line:match("url = {(.-)}")
+  if address then keys[address] = key end
 end
 
 local function Link(link)
-  local key = citations[link.target]
+  local key = keys[link.target]
   if key then
     local form = '#cite(<%s>, form: "author"), #cite(<%s>, form: "year")'
     return pandoc.RawInline("typst", form:format(key, key))
   end
 end
 
-local function RawInline(raw)
-  local label = raw.text:match("^<!%-%- (fig%-%S+) %-%->$")
-  if label and figures[label] then
-    return pandoc.RawInline("typst", " (@" .. label .. ")")
-  end
-end
-
 local function Math(math)
   local inner = pandoc.write(pandoc.Pandoc({ pandoc.Plain({ math }) }), "typst")
   inner = inner:gsub("^%s*%$%s*", ""):gsub("%s*%$%s*$", "")
-  local block = math.mathtype == "DisplayMath"
   return pandoc.RawInline("typst", string.format(
     "#math.equation(block: %s, alt: %s, $%s$)",
-    tostring(block), typst_string(math.text), inner
+    tostring(math.mathtype == "DisplayMath"), typst_string(math.text), inner
   ))
 end
 
--- Runs after Math and Link, so the caption's formulas and citations are done
+-- Runs after Math and Link, so the formulas and citations of the caption are done.
+-- The caption brings its number along.
 local function Figure(figure)
   local image
   figure:walk({ Image = function(found) image = found end })
-  local caption = pandoc.write(pandoc.Pandoc(figure.caption.long), "typst")
-  local label = figure.identifier ~= "" and " <" .. figure.identifier .. ">" or ""
   return pandoc.RawBlock("typst", string.format(
-    "#figure(image(%s, alt: %s), caption: [%s])%s",
+    "#figure(image(%s, alt: %s), caption: [%s]) <%s>",
     typst_string(image.src), typst_string(pandoc.utils.stringify(image.caption)),
-    caption, label
+    pandoc.write(pandoc.Pandoc(figure.caption.long), "typst"), figure.identifier
   ))
 end
 
--- A sentence stays with the equation that ends it
+-- A sentence stays with the equation, code or output that it announces
 local function Blocks(blocks)
   local found = pandoc.Blocks({})
   for i, block in ipairs(blocks) do
     local following = blocks[i + 1]
-    local leads = following and block.t == "Para" and following.t == "Para"
-      and following.content[1].t == "Math"
-      and following.content[1].mathtype == "DisplayMath"
+    local first = following and following.t == "Para" and following.content[1]
+    local is_equation = first and first.t == "Math" and first.mathtype == "DisplayMath"
+    local announces = pandoc.utils.stringify(block):match(":$")
+    local leads = block.t == "Para" and following and (is_equation or announces)
     if leads then found:insert(pandoc.RawBlock("typst", "#block(sticky: true)[")) end
     found:insert(block)
     if leads then found:insert(pandoc.RawBlock("typst", "]")) end
@@ -85,6 +68,6 @@ local function Table(table)
 end
 
 return {
-  { Figure = remember, Blocks = Blocks },
-  { Link = Link, RawInline = RawInline, Math = Math, Figure = Figure, Table = Table },
+  { Blocks = Blocks },
+  { Link = Link, Math = Math, Figure = Figure, Table = Table },
 }

@@ -5,41 +5,25 @@ import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 
+from training import UserError
+
 try:
     import tomllib
 except ModuleNotFoundError:  # Python 3.10
     import tomli as tomllib
 
 STUDENT_FILE = Path(__file__).with_name("student.toml")
-PLACEHOLDERS = {
-    "surname": "Surname",
-    "given_name": "Given Name",
-    "matriculation_number": "00000000",
-}
-VARIABLES = {
-    "surname": "SURNAME",
-    "given_name": "GIVEN_NAME",
-    "matriculation_number": "MATRICULATION",
-}
-MAX_NAME_BYTES = 120  # Windows and Linux refuse file names of more than 255
+VARIABLES = ("SURNAME", "GIVEN_NAME", "MATRICULATION")
+KEYS = ("surname", "given_name", "matriculation_number")
+PLACEHOLDERS = ("Surname", "Given Name", "00000000")
+MAX_BYTES = 120  # Windows and Linux refuse file names of more than 255
 MAX_DIGITS = 20
 APOSTROPHES = "'’‘ʼ`´"  # noqa: RUF001 - the characters people type for one
 
 
-class IdentityError(ValueError):
-    """An identity that cannot be handed in; the message says what would do."""
-
-
 @dataclass(frozen=True)
 class Student:
-    """A checked identity.
-
-    Attributes:
-        surname: letters and hyphens, NFC: a name that Moodle keeps as it is.
-        given_name: as it stands on the first page; empty while it is a placeholder.
-        matriculation_number: digits.
-        notes: what was changed in the spelling, as sentences.
-    """
+    """A checked identity; ``notes`` are sentences on what is worth a second look."""
 
     surname: str
     given_name: str
@@ -48,10 +32,10 @@ class Student:
 
     @property
     def is_placeholder(self):
-        """Whether the file still holds the surname or number it came with."""
+        """Whether surname or number are still those that the file came with."""
         return (
-            self.surname == PLACEHOLDERS["surname"]
-            or self.matriculation_number == PLACEHOLDERS["matriculation_number"]
+            self.surname == PLACEHOLDERS[0]
+            or self.matriculation_number == PLACEHOLDERS[2]
         )
 
     @property
@@ -60,137 +44,76 @@ class Student:
         return f"{self.surname}-{self.matriculation_number}"
 
 
-def read_student(path=STUDENT_FILE, environment=None):
-    """Read and check the identity.
-
-    Args:
-        path: a TOML file with ``surname``, ``given_name``, ``matriculation_number``.
-        environment: SURNAME, GIVEN_NAME and MATRICULATION in it come first; by default
-            that of the process.
-
-    Returns:
-        A ``Student``.
-
-    Raises:
-        IdentityError: the file cannot be read, or a value in it cannot be used.
-    """
-    environment = os.environ if environment is None else environment
+def read_student(path=STUDENT_FILE, environment=os.environ):
+    """Read and check the identity: from the environment, else from a TOML file."""
     try:
         stored = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         stored = {}
     except (OSError, ValueError) as error:
-        raise IdentityError(
+        raise UserError(
             f"{Path(path).name} cannot be read ({error}): each value needs quotes, as "
-            f'in surname = "{PLACEHOLDERS["surname"]}"'
+            'in surname = "Meier"'
         ) from error
-    values = {}
-    for key, placeholder in PLACEHOLDERS.items():
-        given = environment.get(VARIABLES[key])
-        value = stored.get(key, placeholder) if given is None else given
-        if isinstance(value, bool) or not isinstance(value, (str, int)):
-            raise IdentityError(f'{key} must be a text in quotes, got "{value!r}"')
-        values[key] = str(value)
-    return check_student(**values)
+    values = []
+    for variable, key, default in zip(VARIABLES, KEYS, PLACEHOLDERS, strict=True):
+        value = environment.get(variable, stored.get(key, default))
+        if isinstance(value, bool) or not isinstance(value, str | int):
+            raise UserError(f"{key} must be a text in quotes, got {value!r}")
+        values.append(str(value))
+    return check_student(*values)
 
 
 def check_student(surname, given_name, matriculation_number):
-    """Check an identity and return it as a ``Student``; see ``read_student``."""
-    checked, notes = _check_surname(surname)
-    return Student(
-        surname=checked,
-        given_name=_check_given_name(given_name),
-        matriculation_number=_check_number(matriculation_number),
-        notes=notes,
-    )
-
-
-def _check_surname(text):
-    name = unicodedata.normalize("NFC", text.strip(" "))
-    spelling = _letters_and_hyphens(name)
-    if not spelling:
-        raise IdentityError(
-            f"the surname {_shown(text)} holds no letter: give it as letters and "
-            "hyphens, for example Müller-Lüdenscheidt"
+    """Return a ``Student``, or raise a ``UserError`` that says what would do."""
+    notes = []
+    given = unicodedata.normalize("NFC", surname.strip(" "))
+    name = _letters_and_hyphens(given)
+    fits = 0 < len(name.encode()) <= MAX_BYTES
+    if not fits or name != given.replace(" ", "-"):
+        # Moodle strips apostrophes, and file systems refuse other signs
+        raise UserError(
+            f"the surname {surname[:40]!r} cannot be part of a file name on Moodle: "
+            f"give it in letters and single hyphens ({MAX_BYTES} bytes at most), for "
+            f"example {name if fits else 'Müller-Lüdenscheidt'}"
         )
-    if len(name.encode()) > MAX_NAME_BYTES:
-        raise IdentityError(
-            f"the surname is {len(name)} characters long, too long for a file name: "
-            f"shorten it to {MAX_NAME_BYTES} bytes"
+    if name != given:
+        notes.append(f"The files are named {name}: no spaces in file names.")
+
+    person = unicodedata.normalize("NFC", given_name.strip(" "))
+    if len(person.encode()) > MAX_BYTES or not all(
+        _is_letter(c) or c in f"- .{APOSTROPHES}" for c in person
+    ):
+        raise UserError(
+            f"the given name {given_name[:40]!r} cannot be printed: give it in "
+            f"letters, hyphens, spaces, dots, apostrophes ({MAX_BYTES} bytes at most)"
         )
-    if "-".join(name.split(" ")) == spelling:
-        if spelling == name:
-            return name, ()
-        return spelling, (f"The files are named {spelling}: no spaces in file names.",)
-    odd = next((c for c in name if not _is_letter(c) and c not in "- "), None)
-    why = "Moodle strips it" if odd and odd in APOSTROPHES else "not in a file name"
-    what = f"holds {_shown(odd)} ({why})" if odd else "has a hyphen or space too many"
-    raise IdentityError(
-        f"the surname {_shown(text)} {what}: only letters and hyphens, for example "
-        f"{spelling}"
-    )
+
+    number = matriculation_number.strip(" ")
+    digits = "".join(c for c in number if c in "0123456789")[:MAX_DIGITS]
+    if not number or number != digits:
+        raise UserError(
+            f"the matriculation number {number[:40]!r} must be 1 to {MAX_DIGITS} "
+            f"digits, for example {digits or '12345678'}"
+        )
+    if len(number) not in (7, 8):
+        notes.append(f"LMU's matriculation numbers have 7 or 8 digits, not {number}.")
+    person = "" if person == PLACEHOLDERS[1] else person
+    return Student(name, person, number, tuple(notes))
 
 
 def _letters_and_hyphens(name):
-    """Return the nearest spelling that can be used, empty if there is none."""
-    kept = []
-    for character in name:
-        if _is_letter(character):
-            kept.append(character)
-        elif character not in APOSTROPHES and unicodedata.category(character) != "Cf":
-            kept.append("-")
-    parts = [part for part in "".join(kept).split("-") if part]
-    # A mark belongs to the letter before it and cannot begin a part
-    while parts and unicodedata.category(parts[0][0])[0] == "M":
-        parts[0] = parts[0][1:]
-        parts = [part for part in parts if part]
-    return "-".join(parts)
+    """Return the nearest spelling of letters and single hyphens between them."""
+    kept = "".join(
+        c if _is_letter(c) else "-"
+        for c in name
+        if c not in APOSTROPHES and unicodedata.category(c) != "Cf"
+    )
+    # A mark belongs to the letter before it, and cannot begin a part
+    marks = "".join(c for c in kept if unicodedata.category(c)[0] == "M")
+    return "-".join(filter(None, (part.lstrip(marks) for part in kept.split("-"))))
 
 
 def _is_letter(character):
     category = unicodedata.category(character)
-    return (category[0] == "L" and category != "Lm") or category[0] == "M"
-
-
-def _check_given_name(text):
-    name = unicodedata.normalize("NFC", " ".join(text.split(" ")).strip())
-    if name == PLACEHOLDERS["given_name"]:
-        return ""
-    allowed = f"- .{APOSTROPHES}"
-    odd = [c for c in name if not _is_letter(c) and c not in allowed]
-    if odd:
-        raise IdentityError(
-            f"the given name {_shown(text)} holds {_shown(odd[0])}: letters, hyphens, "
-            "spaces, dots and apostrophes would do"
-        )
-    if len(name.encode()) > MAX_NAME_BYTES:
-        raise IdentityError(
-            f"the given name is {len(name)} characters long: shorten it to "
-            f"{MAX_NAME_BYTES} bytes"
-        )
-    return name
-
-
-def _check_number(text):
-    number = text.strip(" ")
-    if not (number.isascii() and number.isdigit()):
-        digits = "".join(c for c in number if c.isascii() and c.isdigit())
-        raise IdentityError(
-            f"the matriculation number {_shown(text)} must be digits only, for example "
-            f"{digits[:MAX_DIGITS] or '12345678'}"
-        )
-    if len(number) > MAX_DIGITS:
-        raise IdentityError(
-            f"the matriculation number has {len(number)} digits, at most {MAX_DIGITS} "
-            "would do"
-        )
-    return number
-
-
-def _shown(text):
-    """Return a text as it can be printed safely: short, control characters escaped."""
-    text = text if len(text) <= 40 else text[:37] + "..."
-    shown = "".join(
-        c if c.isprintable() or c == " " else f"\\u{ord(c):04x}" for c in text
-    )
-    return f'"{shown}"'
+    return category[0] in "LM" and category != "Lm"

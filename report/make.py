@@ -6,6 +6,7 @@ is missing or outdated, and then runs the command inside it.
 
 import contextlib
 import hashlib
+import json
 import os
 import platform
 import re
@@ -15,48 +16,52 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = {
-    "setup": "make the environment .venv, as every other target does by itself",
-    "report": "execute both notebooks and make the PDF (trains if there is no record)",
-    "notebooks": "execute and store both notebooks as they are; never trains",
-    "demo": "everything live in minutes, on generated data, below build/demo",
-    "test": "run all tests and the linter",
-    "faults": "provoke all that can go wrong, as a table: 10 minutes",
+FIRST = {
+    "report": "execute both notebooks and make the PDF; trains nothing",
+    "test": "run the tests and the linter",
     "zip": "make dist/Surname-MatriculationNumber.zip, ready for Moodle",
-    "bench": "measure speed and memory beside other implementations, 10 minutes",
-    "verify": "validate the recorded weights on the test images again",
-    "readme": "renew the README's pictures and tables from report and records",
-    "lab": "open JupyterLab on the notebooks",
+    "lab": "open the notebooks in JupyterLab",
+}
+OTHERS = {
+    "setup": "make the environment .venv, as every other command does by itself",
+    "notebooks": "execute and store both notebooks, without the PDF",
+    "train": "train the run of the exercise or another, or continue it",
+    "verify": "validate recorded weights on the test images again",
+    "demo": "everything live on generated images, below build/demo",
+    "faults": "provoke all that can go wrong, as a table",
+    "bench": "measure speed and memory beside other implementations",
     "clean": "remove build/, dist/ and caches; never data, .venv or training runs",
 }
+OWN = ("report", "notebooks", "zip", "demo")  # not another program's
+NAMED = ("report", "zip", "demo")  # show a name
+ALL = ()
+# Which commands take an option, and what it is
 OPTIONS = {
-    "SURNAME": "your name, instead of the one in report/student.toml",
-    "GIVEN_NAME": "likewise",
-    "MATRICULATION": "your matriculation number, likewise",
-    "PRESET": "report: of the default run (50 epochs) or the quick one (fewer)",
-    "EPOCHS": "report: train another run than the recipe's; all of it below build/",
-    "BATCH_SIZE": "report: likewise",
-    "LR": "report: likewise",
-    "WEIGHTS": "zip: WEIGHTS=1 adds the recorded weights",
-    "CPU": "setup: CPU=1 takes PyTorch without CUDA (matters on Linux only)",
-    "VENV": "setup: folder of the environment, instead of .venv",
-}
-# What a command may raise with a message for the user, by module
-EXPECTED = {
-    "report.bundle": "BundleError",
-    "report.identity": "IdentityError",
-    "report.notebooks": "NotebookError",
-    "report.pdf": "PdfError",
-    "training": "TrainingError",
+    "SURNAME": (NAMED, "instead of the one in report/student.toml"),
+    "GIVEN_NAME": (NAMED, "likewise"),
+    "MATRICULATION": (NAMED, "likewise"),
+    "RUN": (
+        ("report", "zip", "notebooks", "train", "verify"),
+        "folder of the run to show, to store or to validate",
+    ),
+    "WEIGHTS": (("zip",), "WEIGHTS=0 leaves the recorded weights out"),
+    "PRESET": (("train",), "default (50 epochs) or quick (fewer, smaller batches)"),
+    "EPOCHS": (("train",), "another number of epochs"),
+    "BATCH_SIZE": (("train",), "likewise"),
+    "LR": (("train",), "likewise, the learning rate"),
+    "SEED": (("train",), "likewise"),
+    "CPU": (ALL, "CPU=1 takes PyTorch without CUDA (matters on Linux only)"),
+    "VENV": (ALL, "folder of the environment, instead of .venv"),
 }
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 
 
-class CommandError(Exception):
-    """A command that cannot be done; the message is one sentence that says why."""
+def fail(sentence):
+    """End with one sentence that says what is wrong, and exit code 1."""
+    sys.exit(f"error: {sentence}")
 
 
-# --- The environment ----------------------------------------------------------------
+# --- The environment ------------------------------------------------------------------
 
 
 def environment_folder():
@@ -67,35 +72,44 @@ def environment_folder():
 def ensure_environment():
     """Make the environment when it is missing or outdated; return its Python."""
     if sys.version_info < (3, 10):  # noqa: UP036 - of whoever types the command
-        raise CommandError(
+        fail(
             f"Python 3.10 or newer is needed, this is {platform.python_version()}: "
             "give another one, as in `make report PYTHON=python3.12`."
         )
     folder = environment_folder()
-    windows = os.name == "nt"
-    python = folder / ("Scripts/python.exe" if windows else "bin/python")
+    python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     stamp = folder / "requirements.sha256"
     requirements = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     wanted = hashlib.sha256(requirements.encode()).hexdigest()
     cpu = os.environ.get("CPU") == "1"
-    found = stamp.read_text(encoding="utf-8").split() if stamp.exists() else [""]
-    if python.exists() and found[0] == wanted and (not cpu or "cpu" in found):
+    # A Python that was upgraded leaves a broken environment behind
+    anew = not python.exists() or (cpu and has_cuda(python))
+    is_environment = python.exists() or (folder / "pyvenv.cfg").exists()
+    if folder.exists() and any(folder.iterdir()) and not is_environment:
+        fail(f"VENV={folder} holds something else: choose an empty folder")
+    is_made = stamp.exists() and stamp.read_text(encoding="utf-8") == wanted
+    if is_made and not anew:
         return python
     print(f"Setting up {folder.name}: a few minutes, once.", flush=True)
     pip = [str(python), "-m", "pip", "--disable-pip-version-check", "install"]
-    # A Python that was upgraded leaves a broken environment behind: begin anew
-    anew = [] if python.exists() else ["--clear"]
-    _set_up([sys.executable, "-m", "venv", *anew, str(folder)])
-    _set_up([*pip, "--upgrade", "pip>=25.1"])  # the first to know --group
+    set_up([sys.executable, "-m", "venv", *["--clear"] * anew, str(folder)])
+    set_up([*pip, "--upgrade", "pip>=25.1"])  # the first to know --group
     if cpu:
         torch = re.findall(r'"(torch(?:vision)?[<>=][^"]*)"', requirements)
-        _set_up([*pip, "--index-url", CPU_INDEX, *torch])  # both from one index
-    _set_up([*pip, "--group", "test"])
-    stamp.write_text(wanted + " cpu" * cpu, encoding="utf-8")
+        set_up([*pip, "--index-url", CPU_INDEX, *torch])  # both from one index
+    set_up([*pip, "--group", "test"])
+    stamp.write_text(wanted, encoding="utf-8")
     return python
 
 
-def _set_up(command):
+def has_cuda(python):
+    """Return whether the PyTorch of an environment was built with CUDA."""
+    question = "import torch; raise SystemExit(torch.version.cuda is None)"
+    command = [str(python), "-c", question]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+def set_up(command):
     """Run one step of the set-up; of its output, show what is downloaded."""
     with subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, encoding="utf-8", errors="replace"
@@ -104,237 +118,143 @@ def _set_up(command):
             if line.lstrip().startswith(("Downloading", "Installing")):
                 print(f"  {line.strip()[:76]}", flush=True)
     if process.returncode:
-        raise CommandError(
+        fail(
             f"The environment could not be made ({' '.join(command[1:4])} ... failed, "
-            "see above): mend the cause, or the network, and type the same again."
+            "see above): put right the cause, or the network, and type the same again."
         )
 
 
-def run_in_environment(arguments):
-    """Run this file again with the environment's Python; return its exit code."""
-    python = ensure_environment()
-    child = {**os.environ, "PYTHONUTF8": "1"}
-    child.pop("PYTHONHOME", None)
-    return wait_for([str(python), str(Path(__file__).resolve()), *arguments], child)
-
-
-def wait_for(command, environment=None):
-    """Run a command; leave Ctrl-C to it, and return its exit code."""
+def run(command, environment=None):
+    """Run a program, leave Ctrl-C to it, and end as it did unless all went well."""
     with subprocess.Popen(command, env=environment) as process:
-        while True:
+        while process.returncode is None:
             with contextlib.suppress(KeyboardInterrupt):
-                return process.wait()
+                process.wait()
+    if process.returncode:
+        sys.exit(process.returncode)
 
 
 # --- Commands, inside the environment -------------------------------------------------
 
 
-def _number(name, kind, default):
-    """Read a positive number from the environment."""
-    text = os.environ.get(name) or ""
-    try:
-        value = kind(text) if text else default
-        if not 0 < value < float("inf"):
-            raise ValueError
-    except ValueError:
-        what = "a whole number" if kind is int else "a number"
-        raise CommandError(
-            f"{name} must be {what} above 0, for example {name}={default}, got {text!r}"
-        ) from None
-    return value
-
-
-def settings():
-    """Return the settings of the run that the command line asks for."""
-    from training import DEFAULTS, PRESETS, handed_in
-
-    own = [name for name in ("BATCH_SIZE", "LR", "EPOCHS") if os.environ.get(name)]
-    preset = os.environ.get("PRESET") or ("default" if own else handed_in())
-    if preset not in PRESETS:
-        raise CommandError(
-            f"PRESET must be one of {', '.join(PRESETS)}, got {preset!r}."
-        )
-    if os.environ.get("PRESET") and own:
-        raise CommandError(
-            f"PRESET={preset} fixes what {' and '.join(own)} would set: give either."
-        )
-    if not own:
-        return dict(PRESETS[preset])
-    return {
-        **DEFAULTS,
-        "batch_size": _number("BATCH_SIZE", int, DEFAULTS["batch_size"]),
-        "lr": _number("LR", float, DEFAULTS["lr"]),
-        "n_epochs": _number("EPOCHS", int, DEFAULTS["n_epochs"]),
+def run_program(name):
+    """Run a command that is another program of the environment."""
+    python = sys.executable
+    options = [
+        f"--{option.lower().replace('_', '-')}={os.environ[option]}"
+        for option in ("PRESET", "EPOCHS", "BATCH_SIZE", "LR", "SEED", "RUN")
+        if os.environ.get(option)
+    ]
+    pytest = [python, "-m", "pytest"]
+    programs = {
+        "test": [
+            [python, "-m", "ruff", "check", "."],
+            [python, "-m", "ruff", "format", "--check", "."],
+            pytest,
+        ],
+        "lab": [[python, "-m", "jupyter", "lab", "attention.ipynb"]],
+        "train": [[python, "train.py", *options]],
+        "verify": [[python, "train.py", "--verify", *options]],
+        "faults": [[*pytest, "--quiet", "--faults", str(Path("build", "faults.json"))]],
+        "bench": [[python, str(Path("bench", "speed.py"))]],
     }
+    if name == "bench":  # needs more than the rest
+        set_up([python, "-m", "pip", "install", "--group", "bench"])
+    for command in programs[name]:
+        run(command)
 
 
-def student():
-    """Return the checked identity, with a word about what was changed in it."""
-    from report.identity import read_student
+def run_own(name):
+    """Run a command of this folder; say what the user can put right in a sentence."""
+    from training import RECORD, UserError
 
-    who = read_student()
-    for note in who.notes:
-        print(note)
-    return who
+    try:
+        from report import build, bundle, identity
 
-
-def setup():
-    """Nothing is left to do once this runs in the environment."""
-    print(f"{environment_folder().name} is ready.")
-
-
-def report():
-    """Execute both notebooks and make the PDF."""
-    who = student()  # refused at once, before anything heavy is loaded
-
-    from report import build
-
-    build.report(settings(), who)
-
-
-def notebooks():
-    """Execute and store both notebooks without training."""
-    from report import build
-
-    build.store_notebooks()
-
-
-def demo():
-    """Run everything on generated data."""
-    who = student()
-
-    from report import build
-
-    build.demo(who)
-
-
-def test():
-    """Run the tests and the linter."""
-    for command in (
-        ["ruff", "check", "."],
-        ["ruff", "format", "--check", "."],
-        ["pytest"],
-    ):
-        print(f"$ {' '.join(command)}", flush=True)
-        code = subprocess.run([sys.executable, "-m", *command], check=False).returncode
-        if code:
-            raise CommandError(f"{command[0]} failed (exit code {code}), see above.")
-
-
-def faults():
-    """Run the tests of what can go wrong, all of them."""
-    table = Path("build", "faults.json")
-    command = [sys.executable, "-m", "pytest", "--quiet", "--faults", str(table)]
-    if wait_for(command):
-        raise CommandError("Not every case is held, see above.")
-    print(f"The table is in {table}, too.")
-
-
-def zip():
-    """Make the ZIP."""
-    who = student()
-
-    from report import bundle
-
-    bundle.make_zip(who, weights=os.environ.get("WEIGHTS") == "1")
-
-
-def bench():
-    """Measure speed and memory; what that needs more is installed first."""
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install"]
-    _set_up([*pip, "--group", "bench"])
-    command = [sys.executable, str(Path("bench", "speed.py"))]
-    if wait_for(command):
-        raise CommandError("The benchmark failed, see above.")
-
-
-def verify():
-    """Validate the recorded weights."""
-    command = [sys.executable, "vision_transformer.py", "--verify"]
-    if subprocess.run(command, check=False).returncode:
-        raise CommandError("The record could not be confirmed, see above.")
-
-
-def readme():
-    """Renew what the README shows of report and record."""
-    who = student()
-
-    from report import build
-
-    build.readme(who)
-
-
-def lab():
-    """Open JupyterLab."""
-    wait_for([sys.executable, "-m", "jupyter", "lab", "attention.ipynb"])
+        student = identity.read_student()
+        for note in student.notes:
+            print(note)
+        if name == "demo":
+            build.demo(student)
+            return
+        shown = build.Submission.of(os.environ.get("RUN") or RECORD, student)
+        if name == "report":
+            build.report(shown)
+        elif name == "notebooks":
+            build.store_notebooks(shown)
+        else:
+            bundle.make_zip(shown, weights=os.environ.get("WEIGHTS") != "0")
+    except UserError as error:
+        fail(error)
 
 
 def clean():
     """Remove what can be made again; training runs took hours, and stay."""
     build = [path for path in ROOT.glob("build/*") if path.name != "runs"]
+    caches = [*ROOT.glob("__pycache__"), *ROOT.glob("[!.]*/__pycache__")]
     others = [ROOT / name for name in ("dist", ".pytest_cache", ".ruff_cache")]
-    for folder in [*build, *others]:
-        shutil.rmtree(folder, ignore_errors=True)
-    for cache in [*ROOT.glob("__pycache__"), *ROOT.glob("[!.]*/__pycache__")]:
-        shutil.rmtree(cache, ignore_errors=True)
+    for path in [*build, *caches, *others]:
+        if path.is_file():
+            path.unlink()
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def usage():
-    """Print the commands and options, one line each."""
-    print("make TARGET [NAME=VALUE ...]    (python report/make.py does the same)\n")
-    for name, what in COMMANDS.items():
-        print(f"  {name:<10}{what}")
-    print()
-    for name, what in OPTIONS.items():
-        print(f"  {name:<14}{what}")
+    """Print the commands and options, one line each, the most needed first."""
+    costs = json.loads((ROOT / "report" / "costs.json").read_text(encoding="utf-8"))
+    seconds = {entry["command"]: entry["seconds"] for entry in costs["commands"]}
+    print("make COMMAND [NAME=VALUE ...]    (python report/make.py does the same)\n")
+    for commands in (FIRST, OTHERS):
+        for name, what in commands.items():
+            minutes = (seconds.get(f"make {name}") or 0) / 60
+            cost = f" ({minutes:.1f} min)" if minutes else ""
+            print(f"  {name:<11}{what}{cost}")
+        print()
+    for name, (commands, what) in OPTIONS.items():
+        print(f"  {name:<15}{', '.join(commands) or 'all commands'}: {what}")
 
 
 def main(arguments):
-    """Run one command; return the exit code."""
+    """Run one command, given as on the command line."""
     words = [word for word in arguments if "=" not in word]
-    for word in arguments:
-        name, sign, value = word.partition("=")
-        if sign and name not in OPTIONS:
-            raise CommandError(
-                f"{name} is no option; the options: {', '.join(OPTIONS)}"
-            )
-        if sign:
-            os.environ[name] = value
+    given = dict(word.split("=", 1) for word in arguments if "=" in word)
+    for name in given:
+        if name not in OPTIONS:
+            fail(f"{name} is no option; the options: {', '.join(OPTIONS)}")
+    os.environ.update(given)
     if not words or words[0] in ("help", "-h", "--help"):
         usage()
-        return 0
-    if len(words) > 1 or words[0] not in COMMANDS:
-        raise CommandError(
-            f"{' '.join(words)!r} is no command; the commands: {', '.join(COMMANDS)}"
-        )
-    if words[0] == "clean":
-        clean()
-        return 0
+        return
+    known = {**FIRST, **OTHERS}
+    if len(words) > 1 or words[0] not in known:
+        fail(f"{' '.join(words)!r} is no command; the commands: {', '.join(known)}")
+    [name] = words
+    for option, (commands, _) in OPTIONS.items():
+        if os.environ.get(option) and commands is not ALL and name not in commands:
+            fail(f"{option} is no option of {name}, but of {', '.join(commands)}")
     os.chdir(ROOT)
-    if Path(sys.prefix).resolve() != environment_folder().resolve():
-        return run_in_environment(arguments)
-
-    sys.path.insert(0, str(ROOT))
-    try:
-        globals()[words[0]]()
-    except Exception as error:
-        # Only loaded modules can have raised; importing them all takes seconds
-        loaded = [name for name in EXPECTED if name in sys.modules]
-        if isinstance(
-            error, tuple(getattr(sys.modules[m], EXPECTED[m]) for m in loaded)
-        ):
-            raise CommandError(str(error)) from error
-        raise
-    return 0
+    is_inside = Path(sys.prefix).resolve() == environment_folder().resolve()
+    if name == "clean":
+        clean()
+    elif not is_inside:
+        child = {**os.environ, "PYTHONUTF8": "1"}
+        child.pop("PYTHONHOME", None)
+        command = [str(ensure_environment()), str(Path(__file__).resolve())]
+        run([*command, *arguments], child)
+    elif name == "setup":
+        if os.environ.get("CPU") == "1" and has_cuda(sys.executable):
+            fail("an environment cannot replace itself: `deactivate` first")
+        print(f"{environment_folder().name} is ready.")
+    elif name in OWN:
+        sys.path.insert(0, str(ROOT))
+        run_own(name)
+    else:
+        run_program(name)
 
 
 if __name__ == "__main__":
     try:
-        code = main(sys.argv[1:])
-    except CommandError as problem:
-        print(f"error: {problem}", file=sys.stderr, flush=True)
-        code = 1
+        main(sys.argv[1:])
     except KeyboardInterrupt:
         print("\nInterrupted; the same command continues.", file=sys.stderr)
-        code = 130
-    raise SystemExit(code)
+        sys.exit(130)

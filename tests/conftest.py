@@ -11,9 +11,12 @@ import pytest
 import torch
 
 import report.demo
+import training
 import vision_transformer
+from report.build import Submission
 from report.identity import check_student
 from report.pdf import make_pdf
+from vision_transformer import VisionTransformer
 
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(2)
@@ -23,7 +26,7 @@ def small_model(seed=0, **changes):
     """A Vision Transformer that trains in seconds, made from a seed."""
     torch.manual_seed(seed)
     sizes = {"layers": 1, "hidden_size": 32, "mlp_size": 48, "n_heads": 4, **changes}
-    return vision_transformer.VisionTransformer(**sizes)
+    return VisionTransformer(**sizes)
 
 
 def run_script(name, *arguments, folder=ROOT, timeout=120, **environment):
@@ -62,6 +65,10 @@ def workplace(tmp_path, monkeypatch):
     return tmp_path
 
 
+STUDENT = check_student("Müller-Lüdenscheidt", "Anna María", "12345678")
+PROVENANCE = [["attention.ipynb", "executed live"], ["data set", "not at hand"]]
+
+
 def copy_project(folder):
     """Copy the project, without data and build products; return the folder."""
     folder.mkdir()
@@ -80,14 +87,19 @@ def project(tmp_path):
 
 
 @pytest.fixture(scope="session")
-def report_pdf(tmp_path_factory):
-    """A PDF of the stored notebooks."""
-    target = tmp_path_factory.mktemp("pdf") / "report.pdf"
-    student = check_student("Müller-Lüdenscheidt", "Anna María", "12345678")
-    rows = [["attention.ipynb", "executed live"], ["training", "no finished run"]]
-    notebooks = [ROOT / "attention.ipynb", ROOT / "vision_transformer.ipynb"]
-    make_pdf(notebooks, ROOT / "none", student, rows, target)
-    return target
+def reported(tmp_path_factory):
+    """A copy of the project with the PDF of its stored notebooks."""
+    folder = copy_project(tmp_path_factory.mktemp("reported") / "project")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        make_pdf(Submission.of(training.RECORD, STUDENT), PROVENANCE)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def report_pdf(reported):
+    """The path of that PDF."""
+    return reported / "report" / f"{STUDENT.stem}.pdf"
 
 
 # --- `make faults`: the tests marked fault(row), the slow ones included, as a table ---

@@ -5,15 +5,8 @@ import math
 import pytest
 import torch
 
-from attention import (
-    SelfAttention,
-    SelfAttention2d,
-    check_against_torch,
-    errors_against_torch,
-    measure_scaling,
-    saved_for_backward,
-    structured_grid,
-)
+from attention import SelfAttention2d, check_against_torch
+from figures import errors_against_torch
 
 # All sizes differ, so that no mix-up of two of them can go unnoticed
 ODD = {"embed_dim": 14, "head_dim": 5, "value_dim": 3, "num_heads": 4}
@@ -122,121 +115,7 @@ def test_returns_weights_only_when_asked():
     torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights[..., 0]))
 
 
-def test_the_grid_form_is_the_sequence_form_on_flattened_tokens():
-    layer, x = odd_layer(), odd_grid()
-    sequence = SelfAttention(**ODD).double()
-    sequence.load_state_dict(layer.state_dict())
-    tokens = x.flatten(2).transpose(1, 2)
-    expected = sequence(tokens).transpose(1, 2).reshape(x.shape)
-    torch.testing.assert_close(layer(x), expected, rtol=0, atol=1e-14)
-
-
-def test_permuted_tokens_give_permuted_outputs():
-    layer = odd_layer()
-    tokens = odd_grid().flatten(2).transpose(1, 2)
-    order = torch.randperm(H * W, generator=torch.Generator().manual_seed(2))
-    forward = super(SelfAttention2d, layer).forward
-    torch.testing.assert_close(forward(tokens[:, order]), forward(tokens)[:, order])
-
-
-def test_one_token_returns_its_value():
-    layer = odd_layer()
-    x = odd_grid()[:, :, :1, :1]
-    expected = layer.out(layer.v(x[:, :, 0, 0]))
-    torch.testing.assert_close(layer(x)[:, :, 0, 0], expected)
-
-
-def test_images_of_a_batch_do_not_see_each_other():
-    layer, x = odd_layer(), odd_grid()
-    changed = x.clone()
-    changed[1] += 1
-    assert torch.equal(layer(changed)[0], layer(x)[0])
-
-
 def test_an_empty_batch_gives_an_empty_result():
     output, weights = odd_layer()(odd_grid()[:0], need_weights=True)
     assert output.shape == (0, ODD["embed_dim"], H, W)
     assert weights.shape == (0, ODD["num_heads"], H * W, H * W)
-
-
-@pytest.mark.parametrize("layout", ["channels_last", "sliced"])
-def test_any_memory_layout_will_do(layout):
-    layer, x = odd_layer(), odd_grid()
-    if layout == "channels_last":
-        y = x.contiguous(memory_format=torch.channels_last)
-    else:
-        y = torch.stack([x, x], dim=-1)[..., 0]
-    torch.testing.assert_close(layer(y), layer(x))
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error", "said"),
-    [
-        ({"embed_dim": 0}, ValueError, "embed_dim must be at least 1, got 0"),
-        ({"head_dim": -3}, ValueError, "head_dim must be at least 1, got -3"),
-        ({"value_dim": 2.5}, TypeError, "value_dim must be an int, got 2.5"),
-        ({"num_heads": "8"}, TypeError, "num_heads must be an int, got '8'"),
-        ({"num_heads": True}, TypeError, "num_heads must be an int, got True"),
-    ],
-)
-def test_bad_sizes_are_refused(arguments, error, said):
-    with pytest.raises(error, match=said):
-        SelfAttention2d(**arguments)
-
-
-@pytest.mark.parametrize(
-    ("x", "error", "said"),
-    [
-        (torch.zeros(2, 256, 4), ValueError, r"256, H, W\), got \(2, 256, 4\)"),
-        (torch.zeros(2, 255, 4, 4), ValueError, r"got \(2, 255, 4, 4\)"),
-        (
-            torch.zeros(2, 256, 4, 4).long(),
-            TypeError,
-            "floating-point, got torch.int64",
-        ),
-        ([[0.0]], TypeError, "must be a torch.Tensor, got list"),
-    ],
-)
-def test_bad_inputs_are_refused(x, error, said):
-    with pytest.raises(error, match=said):
-        SelfAttention2d()(x)
-
-
-def test_sequences_are_checked_too():
-    with pytest.raises(ValueError, match=r"\(B, L, 14\), got \(2, 6, 13\)"):
-        SelfAttention(**ODD)(torch.zeros(2, 6, 13))
-
-
-def test_memory_kept_grows_with_the_square_of_the_tokens():
-    layer = SelfAttention2d()
-    small, large = (
-        saved_for_backward(layer, torch.randn(1, 256, side, side)) for side in (16, 32)
-    )
-    weights = 8 * 1024**2 * 4  # h L^2 float32
-    assert weights < large < 2 * weights
-    assert 8 < large / small < 16
-
-
-def test_the_structured_grid_shows_in_the_attention():
-    torch.manual_seed(0)
-    layer = SelfAttention2d()
-    with torch.no_grad():
-        layer.q.weight.mul_(2)
-        layer.k.weight.copy_(layer.q.weight)
-        x, regions = structured_grid()
-        _, weights = layer(x, need_weights=True)
-    same = regions.flatten()[:, None] == regions.flatten()[None]
-    disc = regions.flatten() == 1
-    inside = (weights[0] * same).sum(-1)[:, disc]
-    assert inside.mean() > 0.9
-
-
-def test_scaled_logits_keep_their_deviation_and_the_softmax_its_breadth():
-    measured = measure_scaling([4, 64, 1024])
-    deviations, entropies = measured[True]
-    assert all(abs(deviation - 1) < 0.1 for deviation in deviations)
-    assert min(entropies) > 0.8 * math.log(64)
-    deviations, entropies = measured[False]
-    for deviation, law in zip(deviations, (2, 8, 32), strict=True):
-        assert abs(deviation / law - 1) < 0.1
-    assert entropies[-1] < 0.3

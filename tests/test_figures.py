@@ -1,7 +1,7 @@
 """Every figure can be read without the text around it: labels, units, captions."""
 
+import math
 import re
-import sys
 
 import jupytext
 import matplotlib
@@ -14,20 +14,17 @@ from conftest import ROOT, small_model
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-import analysis
-import attention
+import figures
+import report.demo
 import vision_transformer
-
-sys.path.insert(0, str(ROOT / "bench"))
-import speed
-import trials
+from attention import SelfAttention2d
+from vision_transformer import Predictions, VisionTransformer
 
 CAPTION_SIZE = 9  # points
 
 # Labels of what has no unit; any other has to name one, as in "time / ms"
 WITHOUT_UNIT = {
     "attention weight",
-    "batch size",
     "cosine similarity",
     "encoder block",
     "epoch",
@@ -36,56 +33,51 @@ WITHOUT_UNIT = {
     "pixel column",
     "pixel row",
     "predicted class",
+    "relative weight",
     "size of a head $d_k$",
     "standard deviation of the logits",
     "token column",
     "token row",
     "token, the first two rows of patches",
     "tokens $L$",
-    "tokens of an image, batch of 8",
     "training step",
     "true class",
-    "variant",
+}
+CPU = torch.device("cpu")
+LOGITS = 9 * torch.eye(4)[[0, 0, 1, 2, 3, 3]]
+LABELS = torch.tensor([0, 1, 1, 2, 3, 0])
+HISTORY = {
+    "seed": 1,
+    "train_losses": [2.0, 1.5, 1.2, 1.0],
+    "val_accs": [0.3, 0.4],
+    "val_accs_eval": [0.4, 0.5],
 }
 
 
-def drawn():
-    """Draw every figure of the project from small or random input, by name."""
+def sixty_predictions():
     torch.manual_seed(0)
-    model, start = small_model(layers=2).eval(), small_model(seed=1)
-    images = torch.randn(4, 3, 32, 32)
-    logits, labels = torch.randn(60, 10), torch.randint(10, (60,))
     pixels = torch.randint(0, 256, (60, 32, 32, 3)).byte().numpy()
-    classes = [f"class {number}" for number in range(10)]
-    weights = analysis.attention_weights(model, images)
-    history = {
-        "train_losses": [2.0, 1.5, 1.2, 1.0],
-        "val_accs": [0.3, 0.4],
-        "val_accs_eval": [0.4, 0.5],
-    }
-    trial = {"held_out_accs": [0.4], "held_out_accs_eval": [0.5]}
-    point = {"median": 1.0, "memory_mib": 2.0}
-    growth = {key: {"1": point, "2": point} for key in ("tokens", "batch")}
-    grid = torch.zeros(4, 4)
+    labels, logits = torch.arange(60) % 10, torch.randn(60, 10)
+    return Predictions(pixels, labels, logits, [f"class {n}" for n in range(10)])
+
+
+def drawn():
+    """Return every plotting function and arguments to try it with."""
+    model, predictions = small_model(layers=2).eval(), sixty_predictions()
     return {
-        attention.plot_scaling: ([4, 16], attention.measure_scaling([4, 16])),
-        attention.plot_attention_maps: (grid, torch.rand(2, 16, 16), [(1, 1)], [0, 1]),
-        attention.plot_cost: ([64, 256], [0.1, 0.2], [1000, 2000]),
-        vision_transformer.plot_training_loss: (history,),
-        vision_transformer.plot_validation_accuracy: (history,),
-        analysis.plot_architecture: (model,),
-        analysis.plot_patches: (images[0].sigmoid(), 4),
-        analysis.plot_confusion: (logits, labels, classes),
-        analysis.plot_calibration: (logits, labels),
-        analysis.plot_predictions: (pixels, logits, labels, classes),
-        analysis.plot_attention_distance: (weights, 4),
-        analysis.plot_rollout: (pixels[:4], weights, classes[:4]),
-        analysis.plot_filters: (model, start),
-        analysis.plot_position_similarity: (model, start),
-        speed.plot_growth: ({"growth": growth},),
-        trials.plot_ablations: (
-            [{"make": n, "name": n, **trial} for n in ("default", "x")],
-        ),
+        figures.plot_scaling: ([4, 16],),
+        figures.plot_attention_maps: ([(1, 1)], [0, 1]),
+        figures.plot_cost: ([4, 8], CPU),
+        figures.plot_architecture: (model,),
+        figures.plot_patches: ("data", 4),
+        figures.plot_training: (HISTORY,),
+        figures.plot_confusion: (predictions,),
+        figures.plot_calibration: (predictions,),
+        figures.plot_predictions: (predictions,),
+        figures.plot_attention_distance: (model, predictions),
+        figures.plot_rollout: (model, predictions),
+        figures.plot_filters: (model, HISTORY),
+        figures.plot_position_similarity: (model, HISTORY),
     }
 
 
@@ -160,9 +152,10 @@ def is_twin(ax):
 
 
 @pytest.fixture(autouse=True)
-def _as_in_the_notebooks():
-    with plt.rc_context({"font.size": CAPTION_SIZE}):
-        yield
+def _small(monkeypatch):
+    monkeypatch.setattr(figures, "CIFAR10", report.demo.DemoCIFAR10)
+    monkeypatch.setattr(figures, "VisionTransformer", lambda: small_model(layers=2))
+    yield
     plt.close("all")
 
 
@@ -172,23 +165,25 @@ def test_figures_have_labels_units_and_legends_and_fit_the_text(name):
     figure = function(*given)
     figure.canvas.draw()
     assert problems(figure) == []
-    assert figure.get_figwidth() <= analysis.WIDTH + 0.1
+    assert figure.get_figwidth() <= figures.WIDTH
 
 
 def test_figures_are_drawn_at_the_size_of_the_captions():
     template = (ROOT / "report" / "template.typ").read_text(encoding="utf-8")
     caption = template.partition("show figure.caption")[2]
-    assert re.search(r"set text\(size: (\d+)pt\)", caption)[1] == str(CAPTION_SIZE)
-    for name in ("attention", "vision_transformer", "bench/speed", "bench/trials"):
-        source = (ROOT / f"{name}.py").read_text(encoding="utf-8")
-        size = re.findall(r'plt\.rcParams\["font\.size"\] = (\d+)', source)
-        assert size == [str(CAPTION_SIZE)], name
+    assert re.search(r"set text\(size: (\d+)pt", caption)[1] == str(CAPTION_SIZE)
+    assert plt.rcParams["font.size"] == CAPTION_SIZE
 
 
 def test_no_plot_is_left_out():
-    modules = (attention, vision_transformer, analysis, speed, trials)
-    named = {name for m in modules for name in vars(m) if name.startswith("plot_")}
-    assert named == set(FIGURES)
+    assert {name for name in vars(figures) if name.startswith("plot_")} == set(FIGURES)
+
+
+def test_what_is_missing_is_said_in_one_line(capsys):
+    assert figures.plot_rollout(small_model(), None) is None
+    said = capsys.readouterr().out
+    assert said.startswith("Not shown (rollout): ")
+    assert said.count("\n") == 1
 
 
 def test_a_figure_without_label_unit_or_legend_is_found():
@@ -217,37 +212,26 @@ def test_a_figure_without_label_unit_or_legend_is_found():
 # --- Captions and alternative texts --------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["attention.py", "vision_transformer.py"])
-def test_every_plot_of_a_notebook_has_caption_label_and_alternative(name):
-    cells = jupytext.read(ROOT / name).cells
-    labels = []
-    for cell, following in zip(cells, [*cells[1:], None], strict=True):
-        tags = cell.metadata.get("tags", [])
-        if "active-ipynb" not in tags or "plot_" not in cell.source:
-            continue
-        assert "caption" in following.metadata.get("tags", []), cell.source
-        text = following.source
-        comments = dict(re.findall(r"<!--\s*(\w+):\s*(.*?)\s*-->", text, re.DOTALL))
-        caption = re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL).strip()
-        assert caption.startswith("**Figure.** ")
-        assert len(caption) > 60
-        assert len(comments["alt"]) > 60
-        assert comments["alt"] not in caption
-        labels.append(comments["label"])
-    assert len(labels) >= 3
-    assert len(set(labels)) == len(labels)
-    captions = [c for c in cells if "caption" in c.metadata.get("tags", [])]
-    assert len(captions) == len(labels), "no caption without a plot"
-    prose = "\n".join(c.source for c in cells if c.cell_type == "markdown")
-    assert sorted(re.findall(r"<!-- (fig-[\w-]+) -->", prose)) == sorted(labels)
-
-
-def test_every_picture_of_the_template_has_an_alternative():
-    template = (ROOT / "report" / "template.typ").read_text(encoding="utf-8")
-    pictures = re.findall(r"\bimage\([^)]*", template)
-    assert len(pictures) >= 3
-    for picture in pictures:
-        assert re.search(r'alt: "[^"]{40,}', picture), picture
+def test_captions_are_numbered_through_and_named_in_the_text():
+    numbers, named = [], set()
+    for name in ("attention.py", "vision_transformer.py"):
+        cells = jupytext.read(ROOT / name).cells
+        for cell, following in zip(cells, [*cells[1:], None], strict=True):
+            tags = cell.metadata.get("tags", [])
+            if cell.cell_type == "code":
+                if "active-ipynb" in tags and "plot_" in cell.source:
+                    assert "caption" in following.metadata.get("tags", []), cell.source
+                continue
+            if "caption" not in tags:
+                named |= set(re.findall(r"Figures? (\d+)(?: and (\d+))?", cell.source))
+                continue
+            text, _, comment = cell.source.partition("<!--")
+            numbers.append(int(re.match(r"\*\*Figure (\d+)\.\*\* ", text)[1]))
+            alt = re.match(r" alt: (.*) -->\s*$", comment, re.DOTALL)[1]
+            assert min(len(text), len(alt)) > 60
+            assert alt not in text
+    assert numbers == list(range(1, len(FIGURES) + 1))
+    assert {int(n) for pair in named for n in pair if n} == set(numbers)
 
 
 def elements(node):
@@ -273,3 +257,173 @@ def test_figures_and_equations_of_the_pdf_have_alternatives(report_pdf):
         assert all(len(element.get("/Alt", "")) > 0 for element in kinds[kind]), kind
     assert all(len(element["/Alt"]) > 40 for element in kinds["/Figure"])
     assert {"/H1", "/H2", "/Table", "/TH", "/L", "/Code", "/Link"} <= set(kinds)
+
+
+# --- What the figures are drawn from --------------------------------------------------
+
+
+def test_the_stages_have_the_shapes_of_the_model():
+    stages = dict(figures.architecture(VisionTransformer()))
+    assert list(stages.values()) == [
+        "(B, 3, 32, 32)",
+        "(B, 64, 48)",
+        "(B, 64, 256)",
+        "(B, 65, 256)",
+        "(B, 65, 256),\nlast (B, 1, 256)",
+        "(B, 256)",
+        "(B, 10)",
+    ]
+    assert any(text.startswith("6 encoder blocks") for text in stages)
+
+
+def test_costs_add_up_and_are_those_of_the_formulas():
+    rows = {part: values for part, *values in figures.cost_rows(VisionTransformer())}
+    tokens, size, mlp = 65, 256, 512
+    assert rows["all"][0] == 3_189_002
+    assert rows["patch embedding"] == [49 * size, 2 * 64 * 48 * size]
+    full = 2 * (4 * tokens * size**2 + 2 * tokens**2 * size)
+    last = 2 * (2 * tokens * size**2 + 2 * size**2 + 2 * tokens * size)
+    assert rows["self-attention"] == [6 * 4 * size**2, 5 * full + last]
+    assert rows["MLPs"][1] == (5 * tokens + 1) * 2 * 2 * size * mlp
+    assert rows["head"] == [257 * 10, 2 * size * 10]
+
+
+def test_confusion_counts_true_classes_by_row(capsys):
+    assert figures.confusion(LOGITS, LABELS).tolist() == [
+        [1, 0, 0, 1],
+        [1, 1, 0, 0],
+        [0, 0, 1, 0],
+        [0, 0, 0, 1],
+    ]
+    predictions = Predictions(None, LABELS, LOGITS, ["a", "b", "c", "d"])
+    figures.print_classes(predictions, HISTORY)
+    *lines, losses = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[:2]] in (["c", "d"], ["d", "c"])
+    assert any("50.0 %   most often taken for d" in line for line in lines)
+    assert losses.endswith("1.100 in the last epoch of training")
+
+
+def test_calibration_of_known_confidences():
+    confidence = torch.tensor([0.75] * 4 + [0.95] * 2, dtype=torch.float64)
+    other = (1 - confidence).log()
+    logits = torch.stack([confidence.log(), other], dim=1)
+    labels = torch.tensor([0, 0, 1, 1, 0, 0])
+    mean, accuracy, share, error = figures.calibration(logits, labels)
+    assert mean[7] == pytest.approx(0.75)
+    assert accuracy[7] == pytest.approx(0.5)
+    assert accuracy[9] == 1
+    assert share.sum() == pytest.approx(1)
+    assert math.isnan(mean[0])
+    assert error == pytest.approx((4 * 0.25 + 2 * 0.05) / 6)
+
+
+def test_collected_weights_are_those_of_the_model():
+    model = small_model(layers=3).eval()
+    images = torch.randn(2, 3, 32, 32)
+    weights = figures.attention_weights(model, images)
+    assert weights.shape == (3, 2, 4, 65, 65)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(3, 2, 4, 65))
+    x = model.patchify(images)
+    token = (model.class_token + model.class_position).expand(2, -1, -1)
+    x = torch.cat([token, x], dim=1)
+    for number, block in enumerate(model.blocks):
+        norm, attention = block.attention.inner_module
+        expected = attention(norm(x), need_weights=True)[1]
+        torch.testing.assert_close(weights[number], expected)
+        x = block(x)
+
+
+def test_pixels_become_what_the_model_reads():
+    data = report.demo.DemoCIFAR10
+    pixels = data("data", train=False).data[:2]
+    whole = data("data", train=False, transform=vision_transformer.VAL_TRANSFORM)
+    assert torch.equal(figures.normalised(pixels)[1], whole[1][0])
+
+
+def test_attention_distance_of_known_weights():
+    eye = torch.eye(5).expand(2, 3, 1, 5, 5)
+    assert figures.attention_distance(eye, 4).tolist() == [[0.0], [0.0]]
+    right = torch.zeros(1, 1, 1, 5, 5)
+    right[..., 1:, 1:] = torch.eye(4)[[1, 0, 3, 2]]  # the neighbour in the row
+    assert figures.attention_distance(right, 4).item() == pytest.approx(4)
+    even = figures.attention_distance(torch.ones(1, 1, 1, 5, 5), 4)
+    assert even.item() == pytest.approx((0 + 4 + 4 + 32**0.5) / 4)
+
+
+def test_rollout_is_the_product_of_the_layers_from_the_last_to_the_first():
+    weights = torch.rand(3, 2, 4, 5, 5).softmax(dim=-1)
+    rows = []
+    for b in range(2):
+        row = torch.zeros(5)
+        row[0] = 1  # the class token, followed down from the last block
+        for layer in (2, 1, 0):
+            row = 0.5 * row + 0.5 * row @ weights[layer, b].mean(dim=0)
+        rows.append(row[1:])
+    torch.testing.assert_close(figures.rollout(weights), torch.stack(rows))
+    nothing = torch.eye(5).expand(3, 2, 4, 5, 5)
+    assert figures.rollout(nothing).abs().max() == 0
+
+
+def test_similarity_of_known_positions():
+    position = torch.tensor([[1.0, 0.0], [0.0, 2.0], [-3.0, 0.0], [1.0, 1.0]])
+    similarity = figures.position_similarity(position)
+    assert similarity[0].tolist() == pytest.approx([1, 0, -1, 0.5**0.5])
+    torch.testing.assert_close(similarity, similarity.T)
+
+
+def test_likeness_tells_the_beginning_from_another_model():
+    model, other = small_model(), small_model(seed=1)
+    assert min(figures.likeness(model, small_model()).values()) > 0.9999
+    assert max(map(abs, figures.likeness(model, other).values())) < 0.1
+
+
+def test_memory_kept_grows_with_the_square_of_the_tokens():
+    layer = SelfAttention2d()
+    small, large = (
+        figures.saved_for_backward(layer, torch.randn(1, 256, side, side))
+        for side in (16, 32)
+    )
+    weights = 8 * 1024**2 * 4  # h L^2 float32
+    assert weights < large < 2 * weights
+    assert 8 < large / small < 16
+
+
+def test_counted_operations_are_those_of_the_formulas():
+    for heads in (1, 8):
+        layer = SelfAttention2d(256, 256 // heads, 256 // heads, heads)
+        counted = figures.count_operations(layer, torch.randn(1, 256, 16, 32))
+        assert counted == (2 * 4 * 512 * 256**2, 2 * 2 * 512**2 * 256)
+
+
+def test_content_attention_stays_in_its_region():
+    regions, weights = figures.content_attention()
+    same = regions.flatten()[:, None] == regions.flatten()[None]
+    inside = (weights * same).sum(-1)[:, regions.flatten() == 1]
+    assert inside.mean() > 0.9
+
+
+def test_scaled_logits_keep_their_deviation_and_the_softmax_its_breadth():
+    measured = figures.measure_scaling([4, 64, 1024])
+    deviations, entropies = measured[True]
+    assert all(abs(deviation - 1) < 0.1 for deviation in deviations)
+    assert min(entropies) > 0.8 * math.log(64)
+    deviations, entropies = measured[False]
+    for deviation, law in zip(deviations, (2, 8, 32), strict=True):
+        assert abs(deviation / law - 1) < 0.1
+    assert entropies[-1] < 0.3
+
+
+def test_tiles_stand_in_order_with_a_gap():
+    tiles = np.arange(2 * 3 * 2 * 2).reshape(2, 3, 2, 2)
+    sheet = figures.draw_tiles(plt.subplots()[1], tiles, fill=-1).get_array()
+    assert sheet.tolist() == [
+        [0, 1, -1, 4, 5, -1, 8, 9],
+        [2, 3, -1, 6, 7, -1, 10, 11],
+        [-1] * 8,
+        [12, 13, -1, 16, 17, -1, 20, 21],
+        [14, 15, -1, 18, 19, -1, 22, 23],
+    ]
+
+
+def test_running_mean():
+    assert figures.running_mean([2, 4, 6, 8], window=2).tolist() == [2, 3, 5, 7]

@@ -4,7 +4,8 @@ import unicodedata
 
 import pytest
 
-from report.identity import IdentityError, check_student, read_student
+from report.identity import check_student, read_student
+from training import UserError
 
 pytestmark = pytest.mark.fault("identity")
 
@@ -100,7 +101,7 @@ def test_names_that_moodle_keeps(typed, kept):
 
 @pytest.mark.parametrize(("typed", "suggested"), REFUSED)
 def test_other_names_are_refused_with_a_suggestion(typed, suggested):
-    with pytest.raises(IdentityError) as caught:
+    with pytest.raises(UserError) as caught:
         check_student(typed, "Anna", "12345678")
     message = str(caught.value)
     assert message.isprintable(), "it goes to a terminal"
@@ -112,7 +113,7 @@ def test_other_names_are_refused_with_a_suggestion(typed, suggested):
 
 @pytest.mark.parametrize("number", NUMBERS_REFUSED)
 def test_other_numbers_are_refused(number):
-    with pytest.raises(IdentityError, match="digits"):
+    with pytest.raises(UserError, match="digits"):
         check_student("Meier", "Anna", number)
 
 
@@ -122,7 +123,7 @@ def test_sixty_identities_are_tried():
 
 def test_given_names_may_hold_what_a_page_can_show():
     assert check_student("Meier", "Anna María d'Arc Jr.", "1").given_name
-    with pytest.raises(IdentityError, match="given name"):
+    with pytest.raises(UserError, match="given name"):
         check_student("Meier", "Anna\x07", "1")
 
 
@@ -131,7 +132,7 @@ def test_the_environment_comes_first(tmp_path):
     path.write_text('surname = "Meier"\nmatriculation_number = 123\n', encoding="utf-8")
     assert read_student(path, {}).stem == "Meier-123"
     assert read_student(path, {"SURNAME": "Huber"}).stem == "Huber-123"
-    with pytest.raises(IdentityError, match="holds no letter"):
+    with pytest.raises(UserError, match="letters and single hyphens"):
         read_student(path, {"SURNAME": ""})
 
 
@@ -147,5 +148,5 @@ def test_placeholders_are_known(tmp_path):
 def test_a_broken_file_is_named(tmp_path, text):
     path = tmp_path / "student.toml"
     path.write_text(text, encoding="utf-8")
-    with pytest.raises(IdentityError, match="surname"):
+    with pytest.raises(UserError, match="surname"):
         read_student(path, {})

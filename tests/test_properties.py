@@ -8,8 +8,7 @@ from hypothesis import strategies as st
 from attention import SelfAttention, SelfAttention2d
 from vision_transformer import (
     SelfAttentionTransformerBlock,
-    images_to_patches,
-    patches_to_images,
+    VisionTransformer,
 )
 
 pytestmark = pytest.mark.fault("properties")
@@ -94,32 +93,35 @@ def test_images_of_a_batch_do_not_see_each_other(case, seed):
 
 @many
 @given(with_tokens(), small)
-def test_fewer_queries_give_the_first_rows(case, number):
+def test_keeping_fewer_tokens_gives_the_first_rows(case, keep):
     layer, x = case
     out, weights = layer(x, need_weights=True)
-    first, first_weights = layer(x, need_weights=True, num_queries=number)
-    torch.testing.assert_close(first, out[:, :number])
-    torch.testing.assert_close(first_weights, weights[:, :, :number])
+    first, first_weights = layer(x, keep, need_weights=True)
+    torch.testing.assert_close(first, out[:, :keep])
+    torch.testing.assert_close(first_weights, weights[:, :, :keep])
+
+
+@many
+@given(small, small, small, small, small, seeds)
+def test_a_block_keeps_its_first_tokens(heads, dim, length, batch, keep, seed):
+    torch.manual_seed(seed)
+    block = SelfAttentionTransformerBlock(heads * dim, 3, heads, 0.0).double()
+    x = torch.randn(batch, length, heads * dim).double()
+    torch.testing.assert_close(block(x, keep), block(x)[:, :keep])
 
 
 @many
 @given(small, small, small, small, seeds)
-def test_the_short_last_block_gives_the_first_token(heads, dim, length, batch, seed):
+def test_tokens_are_patches_row_by_row(batch, channels, rows, patch, seed):
     torch.manual_seed(seed)
-    block = SelfAttentionTransformerBlock(heads * dim, 3, heads, 0.0).double()
-    x = torch.randn(batch, length, heads * dim).double()
-    torch.testing.assert_close(block.first_token(x), block(x)[:, :1])
-
-
-@many
-@given(small, small, small, small, small)
-def test_patches_are_the_image(batch, channels, rows, columns, patch):
-    shape = (batch, channels, rows * patch, columns * patch)
-    x = torch.arange(float(torch.Size(shape).numel())).reshape(shape)
-    patches = images_to_patches(x, patch)
-    assert patches.shape == (batch, rows * columns, patch * patch * channels)
-    assert torch.equal(patches_to_images(patches, patch, rows * patch), x)
-    row, column = rows - 1, columns - 1
-    corner = x[:, :, row * patch :, column * patch :]
-    last = patches[:, row * columns + column].reshape(batch, patch, patch, channels)
-    assert torch.equal(last.permute(0, 3, 1, 2), corner)
+    sizes = {"layers": 1, "hidden_size": 4, "mlp_size": 3, "n_heads": 2}
+    model = VisionTransformer(channels, patch, rows * patch, **sizes).double()
+    x = torch.randn(batch, channels, rows * patch, rows * patch).double()
+    tokens = model.patchify(x)
+    assert tokens.shape == (batch, rows * rows, 4)
+    for i in range(rows):
+        for j in range(rows):
+            here = x[..., i * patch : (i + 1) * patch, j * patch : (j + 1) * patch]
+            expected = model.patch_embedding(here.permute(0, 2, 3, 1).flatten(1))
+            expected = expected + model.position_embedding[:, i * rows + j]
+            torch.testing.assert_close(tokens[:, i * rows + j], expected)

@@ -1,6 +1,7 @@
 """The provided recipe: computed step for step, continued bit for bit."""
 
 import multiprocessing
+import re
 import textwrap
 
 import pytest
@@ -17,16 +18,21 @@ from report.demo import DemoCIFAR10
 
 CPU = torch.device("cpu")
 BATCH_SIZE, LR = 16, 1e-3
+HISTORY_TABLE = training.read_history.__doc__
 
 
-def make_run(n_epochs, seed=0):
-    return training.Run("DemoCIFAR10", BATCH_SIZE, LR, n_epochs, seed, CPU)
+def settings(n_epochs, seed=0):
+    free = {"batch_size": BATCH_SIZE, "lr": LR, "n_epochs": n_epochs}
+    return {"dataset": "DemoCIFAR10", **free, "seed": seed}
 
 
-def train(run, seed=0):
+def train(n_epochs, seed=0):
+    """Train a small model by the recipe; ``seed`` is that of the process before it."""
+    torch.manual_seed(seed)
     model = small_model(seed)
-    vision_transformer.train(model, run, "data", BATCH_SIZE, LR, CPU)
-    return model
+    loaders = vision_transformer.make_loaders("data", BATCH_SIZE)
+    run = training.Run(settings(n_epochs))
+    return vision_transformer.train(model, *loaders, LR, n_epochs, CPU, run), model, run
 
 
 def plain_loop(n_epochs):
@@ -75,99 +81,83 @@ def plain_loop(n_epochs):
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_the_recipe_is_computed_bit_for_bit(demo_data, workplace):
-    run = make_run(n_epochs=2)
-    model = train(run)
+    history, model, _ = train(n_epochs=2)
     expected, losses, accuracies = plain_loop(n_epochs=2)
-    assert run.history["train_losses"] == losses
-    assert run.history["val_accs"] == accuracies
+    assert history["train_losses"] == losses
+    assert history["val_accs"] == accuracies
     assert_same_weights(model, expected)
     assert len(losses) == 2 * (100 // BATCH_SIZE)
 
 
-def test_eval_accuracy_disturbs_nothing_and_is_without_dropout(demo_data):
+def test_predictions_disturb_nothing_and_are_without_dropout(demo_data):
     model = small_model(p_dropout=0.9)
     _, loader = vision_transformer.make_loaders("data", BATCH_SIZE)
     state = torch.get_rng_state()
-    accuracies = {vision_transformer.validate_in_eval_mode(model, loader, CPU)}
+    logits, labels = vision_transformer.predict(model, loader, CPU)
     assert torch.equal(torch.get_rng_state(), state)
     assert model.training
-    assert torch.get_float32_matmul_precision() == "highest"
-    accuracies.add(vision_transformer.validate_in_eval_mode(model, loader, CPU))
-    assert len(accuracies) == 1
-    logits, labels = vision_transformer.predict(model, loader, CPU)
+    assert labels.tolist() == loader.dataset.targets
     with torch.no_grad():
         images = torch.cat([images for images, _ in loader])
         torch.testing.assert_close(model.eval()(images), logits)
-    assert labels.tolist() == loader.dataset.targets
 
 
 @pytest.mark.parametrize("stop_at", ["first epoch", "second epoch", "validation"])
 def test_an_interrupted_run_ends_where_the_whole_one_does(
     demo_data, workplace, monkeypatch, stop_at
 ):
-    whole = make_run(n_epochs=3, seed=0)
-    expected = train(whole)
-    for path in whole.folder.iterdir():
+    whole, expected, run = train(n_epochs=3)
+    for path in run.folder.iterdir():
         path.unlink()
 
     calls = 0
     last_call = {"first epoch": 2, "second epoch": 9, "validation": 2}[stop_at]
+    name = "predict" if stop_at == "validation" else "validate"
+    original = getattr(vision_transformer, name)
 
-    def interrupt(*_):
+    def interrupt(*given):
         nonlocal calls
         calls += 1
         if calls == last_call:
             raise KeyboardInterrupt
-        return 0.5
+        return original(*given)
 
     with monkeypatch.context() as patch:
         if stop_at == "validation":
-            patch.setattr(vision_transformer, "validate_in_eval_mode", interrupt)
+            patch.setattr(vision_transformer, name, interrupt)
         else:
-            patch.setattr(training.Run, "on_step", interrupt)
+            note_step = training.Run.note_step
+            original = note_step
+            patch.setattr(training.Run, "note_step", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            train(make_run(n_epochs=3))
+            train(n_epochs=3)
     # Another process, with other random numbers behind it
-    continued = make_run(n_epochs=3)
-    model = train(continued, seed=1)
-    for key in ("train_losses", "val_accs"):
-        assert continued.history[key] == whole.history[key]
-    assert continued.history["val_accs_eval"][1:] == whole.history["val_accs_eval"][1:]
+    history, model, _ = train(n_epochs=3, seed=1)
+    for key in ("train_losses", "val_accs", "val_accs_eval", "val_losses_eval"):
+        assert history[key] == whole[key]
     assert_same_weights(model, expected)
 
 
-def test_a_finished_run_is_loaded_not_repeated(demo_data, workplace):
-    run = make_run(n_epochs=1)
-    expected = train(run)
-    again = make_run(n_epochs=1)
-    model = small_model(seed=5)
-    history = again.load_record(model)
-    assert history == run.history
-    assert again.has_weights
-    assert_same_weights(model, expected)
-    assert make_run(n_epochs=2).load_record(model) is None
+def test_a_finished_run_is_loaded_not_repeated(demo_data, workplace, monkeypatch):
+    monkeypatch.setattr(vision_transformer, "VisionTransformer", small_model)
+    monkeypatch.setattr(training, "fetch", lambda *_: None)
+    model, history = vision_transformer.train_run(settings(1), "data", CPU)
+    monkeypatch.setattr(vision_transformer, "train", None)
+    again, same = vision_transformer.train_run(settings(1), "data", CPU)
+    assert same == history
+    assert_same_weights(again, model)
+    torch.manual_seed(0)
+    assert not torch.equal(again.head.weight, small_model().head.weight), "it learned"
 
 
 def test_history_says_what_the_run_was(demo_data, workplace):
-    run = make_run(n_epochs=1)
-    train(run)
-    history = training.read_history(run.folder / "history.json")
-    assert {
-        "train_losses",
-        "val_accs",
-        "val_accs_eval",
-        "n_epochs",
-        "batch_size",
-        "lr",
-        "seed",
-        "device",
-        "seconds",
-        "versions",
-        "date",
-    } <= history.keys()
-    assert all(0 <= value <= 1 for value in history["val_accs"])
+    history, _, run = train(n_epochs=1)
+    assert training.read_history(run.folder) == history
+    documented = re.findall(r"``(\w+)``|^ +(\w+(?:, \w+)*)  ", HISTORY_TABLE, re.M)
+    names = {name for pair in documented for name in ",".join(pair).split(",")}
+    assert history.keys() <= {name.strip() for name in names}
+    assert 0 <= history["val_accs"][0] <= 1
     assert history["versions"]["torch"] == torch.__version__
-    assert run.record_folder == run.folder, "only the default run goes to report/run"
 
 
 def test_default_parameters_are_the_recipe():
@@ -178,8 +168,8 @@ def test_default_parameters_are_the_recipe():
         3e-4,
         50,
     )
-    run = training.Run("CIFAR10", v.BATCH_SIZE, v.LR, v.N_EPOCHS, v.SEED, CPU)
-    assert run.settings == training.DEFAULTS
+    given = {"batch_size": v.BATCH_SIZE, "lr": v.LR, "n_epochs": v.N_EPOCHS}
+    assert training.PRESETS["default"] == {"dataset": "CIFAR10", **given, "seed": 0}
 
 
 def test_training_works_where_workers_are_spawned(workplace):
@@ -202,8 +192,11 @@ def test_training_works_where_workers_are_spawned(workplace):
                     layers=1, hidden_size=16, mlp_size=16, n_heads=2
                 )
                 cpu = torch.device("cpu")
-                run = training.Run("DemoCIFAR10", 16, 1e-3, 1, 0, cpu)
-                history = vision_transformer.train(model, run, "data", 16, 1e-3, cpu)
+                loaders = vision_transformer.make_loaders("data", 16)
+                run = training.Run({{"seed": 0}})
+                history = vision_transformer.train(
+                    model, *loaders, 1e-3, 1, cpu, run
+                )
                 print(len(history["train_losses"]), torch.utils.data.get_worker_info())
             """
         ),
@@ -241,11 +234,13 @@ def test_channel_statistics_are_the_constants_of_the_recipe():
 
 
 @real_data
-def test_a_few_real_steps_lower_the_loss():
+def test_a_few_real_steps_lower_the_loss(workplace):
     torch.manual_seed(0)
     model = vision_transformer.VisionTransformer()
-    loader, _ = vision_transformer.make_loaders(DATA, batch_size=64)
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-4)
+    loader, val_loader = vision_transformer.make_loaders(DATA, batch_size=64)
     batches = [batch for _, batch in zip(range(20), loader, strict=False)]
-    losses = vision_transformer.train_one_epoch(model, batches, optimizer, CPU)
+    some = DataLoader(torch.utils.data.Subset(val_loader.dataset, range(100)), 100)
+    run = training.Run({"seed": 0})
+    history = vision_transformer.train(model, batches, some, 3e-4, 1, CPU, run)
+    losses = history["train_losses"]
     assert sum(losses[-5:]) / 5 < sum(losses[:5]) / 5 - 0.1

@@ -1,15 +1,17 @@
 """The graded files as a grader meets them: imported, run, read."""
 
 import ast
-import json
 import re
 import shutil
 import subprocess
 import sys
 
+import jupytext
 import pytest
+import torch
 from conftest import ROOT, run_script
 
+import train
 import training
 
 GRADED = ("attention.py", "vision_transformer.py")
@@ -61,7 +63,10 @@ def test_a_failing_unit_test_is_printed_and_fails_the_script(unpacked):
     path.write_text(text.replace("q = q / math.sqrt", "q = q * math.sqrt"), "utf-8")
     done = run_script("attention.py", folder=unpacked)
     assert done.returncode != 0
-    assert "FAILED  multi head: differs from nn.MultiheadAttention" in done.stdout
+    assert (
+        "FAILED  multi head: AssertionError: differs from nn.MultiheadAttention"
+        in done.stdout
+    )
 
 
 @pytest.mark.parametrize("name", GRADED)
@@ -84,7 +89,7 @@ def test_nothing_ready_made_is_used(name):
         assert word not in text
     code = re.sub(r'""".*?"""|#.*', "", text, flags=re.DOTALL)
     uses = [m.start() for m in re.finditer(r"nn\.MultiheadAttention\(", code)]
-    function = code.find("def torch_twin")
+    function = code.find("def torch_attention")
     assert all(function < use < code.find("\ndef ", function + 1) for use in uses)
 
 
@@ -99,67 +104,54 @@ def test_lines_fit_the_page(name):
     [
         (["--epochs", "0"], "invalid positive int value: '0'"),
         (["--lr", "nan"], "invalid positive float value: 'nan'"),
-        (["--train", "--verify"], "not allowed with argument"),
+        (["--preset", "fast"], "invalid choice: 'fast'"),
     ],
 )
-def test_bad_arguments_are_refused(arguments, said, workplace):
-    done = run_script(ROOT / "vision_transformer.py", *arguments, folder=workplace)
-    assert done.returncode == 2
-    assert said in done.stderr
+def test_bad_arguments_are_refused(arguments, said, capsys):
+    with pytest.raises(SystemExit):
+        train.main(arguments)
+    assert said in capsys.readouterr().err
 
 
 def test_verify_without_a_record_says_so(workplace):
-    done = run_script(ROOT / "vision_transformer.py", "--verify", folder=workplace)
+    done = run_script(ROOT / "train.py", "--verify", folder=workplace)
     assert done.returncode == 1
-    assert "There is no finished run" in done.stdout
+    assert "error: " in done.stdout
+    assert "there is no finished run" in done.stdout
     assert "Traceback" not in done.stderr
     assert list(workplace.iterdir()) == []
 
 
-def record(folder, settings):
-    """Put the history of a finished run beside the scripts, as a ZIP has it."""
-    history = {**settings, "format": training.FORMAT, "seconds": 3600}
-    history |= {"date": "2026-01-01T00:00:00+00:00", "machine": "a machine"}
-    history |= {"val_accs": [0.1] * 3, "val_accs_eval": [0.1] * 3}
-    history["sha256"] = training._history_digest(history)
-    (folder / training.HISTORY_NAME).write_text(json.dumps(history), "utf-8")
+def test_train_does_what_the_command_line_asks_for(workplace, monkeypatch, capsys):
+    asked = []
+
+    def train_run(settings, cache_dir, device, folder):
+        asked.append((settings, cache_dir, folder))
+        raise training.UserError("that is all")
+
+    monkeypatch.setattr(train.vt, "train_run", train_run)
+    default, quick = (training.PRESETS[name] for name in ("default", "quick"))
+    for arguments, settings, folder in (
+        ("", default, None),
+        ("--preset quick --run mine", quick, "mine"),
+        ("--epochs 2 --lr 1e-3", {**default, "n_epochs": 2, "lr": 1e-3}, None),
+        ("--batch-size 7 --seed 3", {**default, "batch_size": 7, "seed": 3}, None),
+    ):
+        assert train.main(arguments.split()) == 1
+        assert asked.pop() == (settings, "./data", folder)
+    assert capsys.readouterr().out.count("error: that is all") == 4
 
 
-def test_a_finished_run_is_not_trained_again_and_that_is_said(workplace):
-    record(workplace, training.DEFAULTS)
-    done = run_script(ROOT / "vision_transformer.py", "--train", folder=workplace)
-    assert done.returncode == 0, done.stderr
-    assert "This run is finished, and recorded in history.json" in done.stdout
-    assert "validation accuracy after the last epoch: 0.1000" in done.stdout
-    assert [path.name for path in workplace.iterdir()] == [training.HISTORY_NAME]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said", "unsaid"),
-    [
-        ([], "here is that of the quick run", "There is no finished run"),
-        (["--epochs", "10"], "There is no finished run", "quick run"),
-    ],
-)
-def test_only_the_default_run_is_stood_in_for(workplace, arguments, said, unsaid):
-    record(workplace, training.QUICK)
-    path = ROOT / "vision_transformer.py"
-    done = run_script(path, "--verify", *arguments, folder=workplace)
-    assert done.returncode == 1
-    assert said in done.stdout
-    assert unsaid not in done.stdout
-
-
-def test_the_course_s_notebook_cells_run_with_our_classes(tmp_path):
-    """Our class cells, pasted into another notebook, need nothing else of the file."""
-    import jupytext
-
-    notebook = jupytext.read(ROOT / "attention.py")
-    code = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
-    layer = next(source for source in code if "class SelfAttention2d" in source)
+def test_our_classes_run_pasted_into_another_notebook():
+    """Each needs nothing of its file but the imports and the classes before it."""
     scope = {}
     exec("import math, torch\nfrom torch import nn", scope)
-    exec("from einops import rearrange", scope)
-    exec(layer, scope)
-    x = scope["torch"].randn(1, 256, 3, 5)
+    exec("from einops import rearrange, repeat", scope)
+    for name in GRADED:
+        for cell in jupytext.read(ROOT / name).cells:
+            if cell.cell_type == "code" and cell.source.startswith("class "):
+                is_model = "(nn." in cell.source or "(SelfAttention)" in cell.source
+                exec(cell.source if is_model else "", scope)
+    x = torch.randn(1, 256, 3, 5)
     assert scope["SelfAttention2d"]()(x).shape == x.shape
+    assert scope["VisionTransformer"]()(torch.randn(2, 3, 32, 32)).shape == (2, 10)

@@ -10,13 +10,10 @@ from torch import nn
 from vision_transformer import (
     UNIT_TESTS,
     FeedForwardBlock,
+    Predictions,
     ResidualModule,
-    SelfAttentionTransformerBlock,
     VisionTransformer,
-    hits_per_class,
-    images_to_patches,
-    patches_to_images,
-    smooth,
+    verify,
 )
 
 
@@ -134,15 +131,6 @@ def test_residual_module_adds_its_input():
     assert torch.equal(ResidualModule(nn.Identity())(x), 2 * x)
 
 
-def test_patches_are_row_major_and_come_back():
-    x = torch.arange(2 * 3 * 4 * 6, dtype=torch.float32).reshape(2, 3, 4, 6)
-    patches = images_to_patches(x, 2)
-    assert patches.shape == (2, 6, 12)
-    second_row_first = x[:, :, 2:4, 0:2].permute(0, 2, 3, 1).flatten(1)
-    assert torch.equal(patches[:, 3], second_row_first)
-    assert torch.equal(patches_to_images(patches, 2, height=4), x)
-
-
 @pytest.mark.parametrize("p", [0.0, 0.1, 0.2, 0.5, 0.9])
 def test_dropout_keeps_the_mean_and_drops_the_share(p):
     torch.manual_seed(0)
@@ -156,56 +144,14 @@ def test_dropout_keeps_the_mean_and_drops_the_share(p):
     assert torch.equal(dropout.eval()(x), x)
 
 
-def test_an_empty_batch_gives_an_empty_result():
-    assert small_model()(torch.zeros(0, 3, 32, 32)).shape == (0, 10)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error", "said"),
-    [
-        ({"patch_size": 5}, ValueError, "image_size=32 and patch_size=5"),
-        ({"n_heads": 7}, ValueError, "hidden_size=256 and n_heads=7"),
-        ({"p_dropout": 1.0}, ValueError, r"\[0, 1\), got 1.0"),
-        ({"p_dropout": -0.1}, ValueError, r"\[0, 1\), got -0.1"),
-        ({"p_dropout": float("nan")}, ValueError, r"\[0, 1\), got nan"),
-        ({"p_dropout": "0.2"}, TypeError, "p_dropout must be a number, got '0.2'"),
-        ({"layers": 0}, ValueError, "layers must be at least 1, got 0"),
-        ({"mlp_size": 0}, ValueError, "mlp_size must be at least 1, got 0"),
-        ({"num_classes": 1.5}, TypeError, "num_classes must be an int, got 1.5"),
-        ({"hidden_size": None}, TypeError, "hidden_size must be an int, got None"),
-        ({"in_channels": -1}, ValueError, "in_channels must be at least 1, got -1"),
-    ],
-)
-def test_bad_sizes_are_refused(arguments, error, said):
-    with pytest.raises(error, match=said):
-        VisionTransformer(**arguments)
-
-
-@pytest.mark.parametrize(
-    "shape", [(3, 32, 32), (2, 1, 32, 32), (2, 3, 32, 28), (2, 3, 64, 64)]
-)
-def test_bad_images_are_refused(shape):
-    model = small_model()
-    for function in (model, model.patchify):
-        with pytest.raises(ValueError, match=r"\(B, 3, 32, 32\), got "):
-            function(torch.zeros(shape))
-
-
-def test_bad_tokens_are_refused():
-    with pytest.raises(ValueError, match=r"\(B, L, 8\), got \(2, 8\)"):
-        FeedForwardBlock(8, 16, 0.0)(torch.zeros(2, 8))
-    with pytest.raises(ValueError, match=r"\(B, L, 8\), got \(1, 2, 9\)"):
-        SelfAttentionTransformerBlock(8, 16, 2, 0.0)(torch.zeros(1, 2, 9))
-    with pytest.raises(TypeError, match=r"floating-point, got torch\.uint8"):
-        small_model()(torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
-
-
-def test_hits_are_counted_per_class():
-    logits = torch.eye(3)[[0, 1, 1, 2]]
-    right, images = hits_per_class(logits, torch.tensor([0, 1, 2, 2]))
-    assert right.tolist() == [1, 1, 1]
-    assert images.tolist() == [1, 1, 2]
-
-
-def test_running_mean():
-    assert smooth([2, 4, 6, 8], window=2) == [2, 3, 5, 7]
+def test_verify_counts_right_answers(capsys):
+    labels = torch.arange(10).repeat(10)
+    logits = torch.eye(10)[labels]
+    logits[:7] = -logits[:7]  # seven wrong answers of a hundred
+    predictions = Predictions(None, labels, logits, None)
+    for recorded, agrees in ((93, True), (98, True), (88, True), (99, False)):
+        history = {"val_accs_eval": [0.0, recorded / 100]}
+        assert verify(history, predictions) is agrees
+    said = capsys.readouterr().out
+    assert "93 of 100 test images right, 93.00 %" in said
+    assert said.count("the record is NOT confirmed") == 1

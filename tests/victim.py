@@ -46,8 +46,8 @@ def halve(handle):
 
 def arm(stage, number):
     if stage == "step":
-        step = training.Run.on_step
-        training.Run.on_step = counted(step, number, after=kill_now)
+        step = training.Run.note_step
+        training.Run.note_step = counted(step, number, after=kill_now)
     elif stage == "before writing":
         training.write_whole = counted(training.write_whole, number, before=kill_now)
     elif stage == "half-written":
@@ -66,6 +66,7 @@ if __name__ == "__main__":
     torch.manual_seed(0)
     small = {"layers": 1, "hidden_size": 32, "mlp_size": 48, "n_heads": 4}
     model = vision_transformer.VisionTransformer(**small)
+    loaders = vision_transformer.make_loaders("data", BATCH_SIZE)
+    run = training.Run({"seed": 0})
     cpu = torch.device("cpu")
-    run = training.Run("DemoCIFAR10", BATCH_SIZE, LR, N_EPOCHS, 0, cpu)
-    vision_transformer.train(model, run, "data", BATCH_SIZE, LR, cpu)
+    vision_transformer.train(model, *loaders, LR, N_EPOCHS, cpu, run)

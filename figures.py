@@ -1,0 +1,811 @@
+"""Everything that is measured or drawn for the notebooks, in one style.
+
+A ``plot_...`` function returns a figure, a ``print_...`` function prints a table. Where
+the model or its predictions are missing (None), either says so in one line instead.
+"""
+
+import copy
+import functools
+import math
+import time
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from einops import rearrange
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.datasets import CIFAR10
+
+from attention import SelfAttention, SelfAttention2d, torch_attention
+from vision_transformer import VAL_TRANSFORM, VisionTransformer
+
+BLUE, ORANGE, SKY, YELLOW, GREY = "#0072B2", "#D55E00", "#56B4E9", "#E69F00", "0.45"
+WIDTH = 6.4  # inches, of the text in the report
+plt.rcParams["font.size"] = 9  # as the captions of the report
+
+
+def needs_results(function):
+    """Let a function print what is missing where an argument is None."""
+
+    @functools.wraps(function)
+    def wrapper(*arguments):
+        if any(argument is None for argument in arguments):
+            what = function.__name__.partition("_")[2].replace("_", " ")
+            print(f"Not shown ({what}): it needs the recorded weights and CIFAR-10.")
+            return None
+        return function(*arguments)
+
+    return wrapper
+
+
+def _panels(height, rows=1, columns=2, **options):
+    return plt.subplots(
+        rows, columns, figsize=(WIDTH, height), layout="constrained", **options
+    )
+
+
+# --- Task 1: exactness, scaling, maps, cost -------------------------------------------
+
+
+def errors_against_torch(layer, x, dtype):
+    """Return the largest absolute differences from ``nn.MultiheadAttention``.
+
+    Of a ``SelfAttention2d`` whose heads fill the token, on a grid (B, D, H, W): of
+    output, attention weights, and gradient of the summed squares of the output.
+    """
+    layer = copy.deepcopy(layer).to(dtype)
+    results = []
+    for function in (layer, functools.partial(torch_attention, layer)):
+        grid = x.to(dtype).requires_grad_()
+        both = {"need_weights": True} if function is layer else {}
+        output, weights = function(grid, **both)
+        (gradient,) = torch.autograd.grad(output.square().sum(), grid)
+        results.append((output, weights, gradient))
+    names = ("output", "weights", "gradient")
+    return {
+        name: (ours - theirs).abs().max().item()
+        for name, ours, theirs in zip(names, *results, strict=True)
+    }
+
+
+def print_exactness(heads):
+    """Print ``errors_against_torch`` of layers with so many heads, D = 256."""
+    torch.manual_seed(0)
+    x = torch.randn(4, 256, 24, 24)
+    print(f"{'heads x d_k':<12} {'precision':<10} {'output':>9} {'weights':>9}", end="")
+    print(f" {'gradient':>9}")
+    for h in heads:
+        layer = SelfAttention2d(256, 256 // h, 256 // h, h)
+        for dtype in (torch.float32, torch.float64):
+            errors = errors_against_torch(layer, x, dtype)
+            columns = " ".join(f"{error:9.1e}" for error in errors.values())
+            print(f"{f'{h} x {256 // h}':<12} {str(dtype)[6:]:<10} {columns}")
+
+
+def measure_scaling(head_dims, num_tokens=64, num_queries=4096):
+    """Measure what the division by sqrt(d_k) does to logits and attention weights.
+
+    Returns a dict with the keys True (divided) and False; each holds two lists, one
+    entry per size: standard deviation of the logits, and mean entropy of a row of
+    attention weights, in nats.
+    """
+    generator = torch.Generator().manual_seed(0)
+    measured = {True: ([], []), False: ([], [])}
+    for head_dim in head_dims:
+        q = torch.randn(num_queries, head_dim, generator=generator)
+        k = torch.randn(num_tokens, head_dim, generator=generator)
+        for scaled, (deviations, entropies) in measured.items():
+            logits = q @ k.T / (math.sqrt(head_dim) if scaled else 1)
+            log_weights = logits.log_softmax(dim=-1)
+            entropy = -(log_weights.exp() * log_weights).sum(dim=-1)
+            deviations.append(logits.std().item())
+            entropies.append(entropy.mean().item())
+    return measured
+
+
+def plot_scaling(head_dims, num_tokens=64):
+    """Plot ``measure_scaling``."""
+    measured = measure_scaling(head_dims, num_tokens)
+    figure, axes = _panels(2.4)
+    curves = [
+        (True, r"divided by $\sqrt{d_k}$", "o-", BLUE),
+        (False, "not divided", "s--", ORANGE),
+    ]
+    for scaled, label, style, color in curves:
+        for ax, values in zip(axes, measured[scaled], strict=True):
+            ax.plot(head_dims, values, style, color=color, label=label)
+    law = [math.sqrt(head_dim) for head_dim in head_dims]
+    axes[0].plot(head_dims, law, ":", color=GREY, label=r"law $\sqrt{d_k}$")
+    axes[0].set(yscale="log", ylabel="standard deviation of the logits")
+    even = math.log(num_tokens)
+    axes[1].axhline(even, linestyle=":", color=GREY, label=r"even, $\ln L$")
+    axes[1].set(ylabel="entropy of a row / nats", ylim=(0, 1.15 * even))
+    for ax in axes:
+        ax.set(xscale="log", xlabel="size of a head $d_k$")
+        ax.set_xticks(head_dims, [str(head_dim) for head_dim in head_dims])
+        ax.minorticks_off()
+        ax.grid(alpha=0.3)
+        ax.legend()
+    return figure
+
+
+def structured_grid(side=16, embed_dim=256):
+    """Return a grid of tokens (1, D, side, side), and the region (side, side) of each.
+
+    Regions are 0 for the background, 1 for a disc and 2 for a bar; the tokens of a
+    region share one random direction.
+    """
+    generator = torch.Generator().manual_seed(0)
+    row, column = torch.meshgrid(
+        torch.arange(side) / side, torch.arange(side) / side, indexing="ij"
+    )
+    regions = torch.zeros(side, side, dtype=torch.long)
+    regions[(row - 0.3) ** 2 + (column - 0.3) ** 2 < 0.05] = 1
+    regions[(row > 0.65) & (row < 0.85) & (column > 0.2)] = 2
+    directions = torch.randn(3, embed_dim, generator=generator)
+    noise = 0.3 * torch.randn(side, side, embed_dim, generator=generator)
+    return rearrange(directions[regions] + noise, "H W D -> 1 D H W"), regions
+
+
+@torch.no_grad()
+def content_attention():
+    """Return regions (H, W) and the attention weights (h, L, L) of tokens in them.
+
+    The layer compares content: its key projection is a copy of the query projection.
+    """
+    torch.manual_seed(0)
+    layer = SelfAttention2d()
+    layer.q.weight.mul_(2)  # sharper: the logits grow by a factor of four
+    layer.k.weight.copy_(layer.q.weight)
+    tokens, regions = structured_grid()
+    return regions, layer(tokens, need_weights=True)[1][0]
+
+
+def plot_attention_maps(queries, heads):
+    """Draw where the tokens at (row, column) look in ``content_attention``, by head."""
+    regions, weights = content_attention()
+    height, width = regions.shape
+    maps = rearrange(weights.numpy(), "h (H W) (I J) -> h H W I J", H=height, I=height)
+    size = len(queries), len(heads) + 1
+    figure, axes = _panels(1.4 * len(queries), *size, squeeze=False)
+    vmax = max(maps[head, i, j].max() for head in heads for i, j in queries).item()
+    for axes_row, (i, j) in zip(axes, queries, strict=True):
+        axes_row[0].imshow(regions.numpy(), cmap="Greys", vmax=3)
+        axes_row[0].set_title("input regions", fontsize="medium")
+        axes_row[0].set_ylabel("token row")
+        for ax, head in zip(axes_row[1:], heads, strict=True):
+            drawn = ax.imshow(maps[head, i, j], cmap="viridis", vmin=0, vmax=vmax)
+            ax.set_title(f"head {head + 1}", fontsize="medium")
+        for ax in axes_row:
+            ax.plot(j, i, "x", color=ORANGE, markersize=8, markeredgewidth=2)
+            ax.set(xticks=[0, width - 1], yticks=[0, height - 1])
+    for ax in axes[-1]:
+        ax.set_xlabel("token column")
+    figure.colorbar(drawn, ax=axes, label="attention weight", shrink=0.8)
+    return figure
+
+
+def saved_for_backward(layer, x):
+    """Return the bytes that ``layer(x)`` keeps for its backward pass.
+
+    Parameters and the input are not counted; a tensor kept twice counts once.
+    """
+    free = {p.untyped_storage().data_ptr() for p in layer.parameters()}
+    free.add(x.untyped_storage().data_ptr())
+    kept = {}
+
+    def note(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        # The result keeps the graph, and so every saved tensor, alive until counted
+        result = layer(x)
+        total = sum(size for where, size in kept.items() if where not in free)
+        del result
+    return total
+
+
+def count_operations(layer, x):
+    """Return the operations of a layer's projections, and of its other products."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        layer(x)
+    counts = {str(name): n for name, n in counter.get_flop_counts()["Global"].items()}
+    projections = sum(n for name, n in counts.items() if "bmm" not in name)
+    return projections, counter.get_total_flops() - projections
+
+
+def fastest_pass(layer, x, seconds=0.3):
+    """Return the seconds of the fastest of some passes: disturbance only adds time."""
+    times = []
+    with torch.no_grad():
+        while len(times) < 5 or sum(times) < seconds:
+            start = time.perf_counter()
+            layer(x).sum().item()  # reading a number waits for the device
+            times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def plot_cost(sides, device):
+    """Print and plot what ``SelfAttention2d`` costs on square grids, one at a time."""
+    torch.manual_seed(0)
+    layer = SelfAttention2d().to(device)
+    rows = []
+    for side in sides:
+        x = torch.randn(1, layer.embed_dim, side, side, device=device)
+        costs = saved_for_backward(layer, x), fastest_pass(layer, x)
+        rows.append((side * side, *count_operations(layer, x), *costs))
+    for n, projections, products, kept, seconds in rows:
+        print(
+            f"{n:5d} tokens: {projections / 1e6:7.0f} + {products / 1e6:7.0f} million "
+            f"operations, {kept / 2**20:6.1f} MiB kept, {1e3 * seconds:6.1f} ms"
+        )
+    tokens, projections, products, kept, seconds = zip(*rows, strict=True)
+    figure, axes = _panels(2.4)
+    series = [
+        (0, projections, 1e6, "o-", BLUE, "projections"),
+        (0, products, 1e6, "s--", ORANGE, "products"),
+        (1, kept, 2**20, "o-", BLUE, "memory / MiB"),
+        (1, seconds, 1e-3, "s--", ORANGE, "time / ms"),
+    ]
+    for panel, values, unit, style, color, label in series:
+        scaled = [value / unit for value in values]
+        axes[panel].loglog(tokens, scaled, style, color=color, label=label)
+    crossing = 2 * layer.embed_dim
+    axes[0].axvline(crossing, color=GREY, linestyle=":", label="$L = 2D$")
+    axes[0].set(ylabel="operations / million")
+    axes[1].set(ylabel="memory / MiB, time / ms")
+    for ax in axes:
+        ax.set(xlabel="tokens $L$")
+        ax.set_xticks(tokens, [str(n) for n in tokens])
+        ax.minorticks_off()
+        ax.grid(alpha=0.3)
+        ax.legend()
+    return figure
+
+
+# --- Task 2: the model ----------------------------------------------------------------
+
+
+def architecture(model):
+    """Return the stages of a model as pairs of texts: what it does, and its shape.
+
+    The shapes are those of tensors caught on the way of an image through the model.
+    """
+    shapes = {}
+
+    def note(name):
+        def hook(_, inputs, output):
+            shapes[name] = tuple(inputs[0].shape[1:]), tuple(output.shape[1:])
+
+        return hook
+
+    watched = {"patches": model.patch_embedding, "block": model.blocks[0]}
+    watched |= {"last": model.blocks[-1], "norm": model.norm, "head": model.head}
+    hooks = [layer.register_forward_hook(note(n)) for n, layer in watched.items()]
+    size, channels = model.image_size, model.in_channels
+    with torch.no_grad():
+        model(torch.zeros(1, channels, size, size, device=model.head.weight.device))
+    for hook in hooks:
+        hook.remove()
+    layer = model.blocks[0].attention.inner_module[1]
+    mlp = model.blocks[0].feed_forward.inner_module[1].layers[0].out_features
+    side, p = size // model.patch_size, model.patch_size
+    stages = [
+        ("image", (channels, size, size)),
+        (
+            f"{side} x {side} patches of {p} x {p} pixels,\nrow by row",
+            shapes["patches"][0],
+        ),
+        ("linear projection + positions", shapes["patches"][1]),
+        ("class token in front", shapes["block"][0]),
+        (
+            f"{len(model.blocks)} encoder blocks, each self-attention\n"
+            f"({layer.num_heads} heads) and MLP ({mlp} hidden features)",
+            shapes["block"][1],
+            shapes["last"][1],
+        ),
+        ("layer norm of the class token", shapes["norm"][1]),
+        ("linear head: logits", shapes["head"][1]),
+    ]
+    return [
+        (text, ",\nlast ".join(f"({', '.join(['B', *map(str, s)])})" for s in each))
+        for text, *each in stages
+    ]
+
+
+def plot_architecture(model):
+    """Draw the stages of a model with the tensor shapes, and one block in detail."""
+    figure, ax = _panels(3.7, 1, 1)
+    ax.set(xlim=(0, 10.6), ylim=(0, 7.1))
+    ax.axis("off")
+
+    def box(x, y, width, text, color="white", height=0.66):
+        style = "round,pad=0.02,rounding_size=0.08"
+        ax.add_patch(
+            FancyBboxPatch((x, y), width, height, boxstyle=style, fc=color, ec="0.2")
+        )
+        ax.text(x + width / 2, y + height / 2, text, ha="center", va="center")
+
+    def arrow(start, end):
+        ax.add_patch(FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=9))
+
+    for number, (text, shape) in enumerate(architecture(model)):
+        y = 6.35 - number
+        box(0.1, y, 4.6, text, "#DCEBF7" if "encoder" in text else "white")
+        ax.text(4.85, y + 0.33, shape, va="center", family="monospace")
+        if number:
+            arrow((2.4, y + 1), (2.4, y + 0.68))
+
+    ax.text(8.9, 6.6, "one encoder block", ha="center", weight="bold")
+    parts = {5.4: "layer norm", 4.4: "self-attention", 3.5: "+"}
+    parts |= {2.5: "layer norm", 1.5: "MLP", 0.6: "+"}
+    circle = {"boxstyle": "circle,pad=0.15", "fc": "white", "ec": "0.2"}
+    top = 6.45
+    for y, part in parts.items():
+        if part == "+":
+            ax.text(8.9, y + 0.2, "+", ha="center", va="center", bbox=circle)
+            arrow((8.9, top), (8.9, y + 0.42))
+        else:
+            color = "white" if part == "layer norm" else "#DCEBF7"
+            box(7.8, y, 2.2, part, color, 0.56)
+            arrow((8.9, top), (8.9, y + 0.58))
+        top = y - 0.02
+    arrow((8.9, top), (8.9, 0.1))
+    for top, bottom in ((6.2, 3.7), (3.3, 0.8)):  # the residual connections
+        ax.plot([8.9, 10.4, 10.4], [top, top, bottom], color="black", linewidth=1)
+        arrow((10.4, bottom), (9.12, bottom))
+    return figure
+
+
+def cost_rows(model):
+    """Return (part, parameters, operations of one image) of a model, part by part.
+
+    Operations are those of the matrix products of a forward pass; a multiplication and
+    an addition count as two. AssertionError if the parts do not add up to the whole.
+    """
+    size, device = model.image_size, model.head.weight.device
+    image = torch.zeros(1, model.in_channels, size, size, device=device)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(image)
+    counts = counter.get_flop_counts()
+    names = {module: name for name, module in model.named_modules()}
+    inner = [
+        (b.attention.inner_module, b.feed_forward.inner_module) for b in model.blocks
+    ]
+    tokens = [model.position_embedding, model.class_position, model.class_token]
+    parts = {
+        "patch embedding": [model.patch_embedding],
+        "positions and class token": [torch.nn.ParameterList(tokens)],
+        "self-attention": [attention[1] for attention, _ in inner],
+        "MLPs": [feed_forward[1] for _, feed_forward in inner],
+        "layer norms": [part[0] for pair in inner for part in pair] + [model.norm],
+        "head": [model.head],
+    }
+
+    def operations(module):
+        name = f"{type(model).__name__}.{names.get(module)}"
+        return sum(counts.get(name, {}).values())
+
+    rows = [
+        (
+            part,
+            sum(p.numel() for module in modules for p in module.parameters()),
+            sum(map(operations, modules)),
+        )
+        for part, modules in parts.items()
+    ]
+    whole = sum(p.numel() for p in model.parameters()), counter.get_total_flops()
+    sums = sum(row[1] for row in rows), sum(row[2] for row in rows)
+    assert sums == whole, f"the parts add up to {sums}, the model has {whole}"
+    return [*rows, ("all", *whole)]
+
+
+def print_costs(model):
+    """Print ``cost_rows``."""
+    print(f"{'part':<28}{'parameters':>12}{'operations per image':>24}")
+    for part, parameters, operations in cost_rows(model):
+        print(f"{part:<28}{parameters:>12,}{operations / 1e6:>18.2f} million")
+
+
+def plot_patches(cache_dir, patch_size):
+    """Draw a test image, cut into its patches, and as the sequence they become."""
+    try:
+        pixels = CIFAR10(cache_dir, train=False).data[1]
+    except RuntimeError:  # torchvision's word for missing or damaged files
+        print(f"Not shown (patches): there is no CIFAR-10 in {cache_dir}.")
+        return None
+    patches = rearrange(
+        pixels / 255, "(H p) (W q) C -> H W p q C", p=patch_size, q=patch_size
+    )
+    figure = plt.figure(figsize=(WIDTH, 3.1), layout="constrained")
+    top, bottom = figure.subfigures(2, 1, height_ratios=[2.4, 1])
+    left, right = top.subplots(1, 2)
+    left.imshow(pixels)
+    left.set(xlabel="pixel column", ylabel="pixel row")
+    draw_tiles(right, patches, fill=1.0)
+    right.set(xlabel="patch column", ylabel="patch row")
+    ax = bottom.subplots()
+    draw_tiles(ax, patches[:2].reshape(1, -1, *patches.shape[2:]), fill=1.0)
+    ax.set(xlabel="token, the first two rows of patches", yticks=[])
+    return figure
+
+
+def draw_tiles(ax, tiles, fill=np.nan, **options):
+    """Draw small pictures (rows, columns, height, width, ...) apart, as one image."""
+    rows, columns, height, width = tiles.shape[:4]
+    size = rows * (height + 1) - 1, columns * (width + 1) - 1
+    sheet = np.full((*size, *tiles.shape[4:]), fill)
+    for i, j in np.ndindex(rows, columns):
+        y, x = i * (height + 1), j * (width + 1)
+        sheet[y : y + height, x : x + width] = tiles[i, j]
+    ax.set_xticks(
+        np.arange(columns) * (width + 1) + (width - 1) / 2, range(1, columns + 1)
+    )
+    ax.set_yticks(np.arange(rows) * (height + 1) + (height - 1) / 2, range(1, rows + 1))
+    return ax.imshow(sheet, **options)
+
+
+# --- Task 2: the training -------------------------------------------------------------
+
+
+def running_mean(values, window):
+    """Return the mean of the last ``window`` values at every place."""
+    sums = np.cumsum([0.0, *values])
+    ends = np.arange(1, len(values) + 1)
+    starts = np.maximum(ends - window, 0)
+    return (sums[ends] - sums[starts]) / (ends - starts)
+
+
+def plot_training(history):
+    """Plot training loss against steps, and validation accuracy against epochs."""
+    losses, n_epochs = history["train_losses"], len(history["val_accs"])
+    window = len(losses) // n_epochs
+    figure, (left, right) = _panels(2.9)
+    left.plot(losses, color=SKY, linewidth=0.5, label="one step", rasterized=True)
+    mean = running_mean(losses, window)
+    left.plot(mean, color=BLUE, label=f"mean of {window} steps")
+    left.set(xlabel="training step", ylabel="cross-entropy / nats", ylim=(0, None))
+
+    epochs = range(1, n_epochs + 1)
+    zoomed = right.inset_axes((0.42, 0.13, 0.54, 0.4))
+    last = max(1, n_epochs // 3)
+    for key, label, style, color in (
+        ("val_accs_eval", "model.eval()", "s--", YELLOW),
+        ("val_accs", "recipe", "o-", BLUE),
+    ):
+        percent = [100 * accuracy for accuracy in history[key]]
+        right.plot(epochs, percent, style, color=color, markersize=2, label=label)
+        zoomed.plot(epochs[-last:], percent[-last:], style, color=color, markersize=3)
+    for mark in (25, 50, 70):
+        right.axhline(mark, color=GREY, linewidth=0.8, linestyle=":")
+    right.set(xlabel="epoch", ylabel="validation accuracy / %", ylim=(0, 100))
+    right.set_yticks([0, 25, 50, 70, 100])
+    for ax in (right, zoomed):
+        ax.xaxis.get_major_locator().set_params(integer=True)
+    for ax in (left, right, zoomed):
+        ax.grid(alpha=0.3)
+    left.legend()
+    right.legend(ncols=2, loc="upper center")
+    return figure
+
+
+# --- Task 2: predictions --------------------------------------------------------------
+
+
+def confusion(logits, labels):
+    """Count the predictions: (num_classes, num_classes), true class by row."""
+    classes = logits.shape[1]
+    pairs = labels * classes + logits.argmax(dim=-1)
+    return torch.bincount(pairs, minlength=classes**2).reshape(classes, classes)
+
+
+@needs_results
+def print_classes(predictions, history):
+    """Print every class, best first, with what it is taken for; and both losses."""
+    _, labels, logits, classes = predictions
+    matrix = confusion(logits, labels)
+    share = matrix / matrix.sum(dim=1, keepdim=True)
+    for index in share.diag().argsort(descending=True).tolist():
+        wrong = share[index].clone()
+        wrong[index] = 0
+        rival = int(wrong.argmax())
+        print(
+            f"{classes[index]:<12}{100 * share[index, index]:6.1f} %   most often "
+            f"taken for {classes[rival]} ({100 * wrong[rival]:.1f} %)"
+        )
+    losses, n_epochs = history["train_losses"], len(history["val_accs"])
+    last = losses[-(len(losses) // n_epochs) :]
+    print(
+        f"cross-entropy: {F.cross_entropy(logits, labels):.3f} nats on the test "
+        f"images, {sum(last) / len(last):.3f} in the last epoch of training"
+    )
+
+
+@needs_results
+def plot_confusion(predictions):
+    """Draw the confusion matrix, in percent of the images of each true class."""
+    matrix = confusion(predictions.logits, predictions.labels).double()
+    percent = (100 * matrix / matrix.sum(dim=1, keepdim=True)).numpy()
+    classes = predictions.classes
+    figure, ax = _panels(3.4, 1, 1)
+    drawn = ax.imshow(percent, cmap="Blues", vmin=0, vmax=100, aspect="auto")
+    for i, row in enumerate(percent):
+        for j, value in enumerate(row):
+            color = "white" if value > 55 else "black"
+            ax.text(j, i, f"{value:.0f}", ha="center", va="center", color=color)
+    ax.set_xticks(range(len(classes)), classes, rotation=45, ha="right")
+    ax.set_yticks(range(len(classes)), classes)
+    ax.set(xlabel="predicted class", ylabel="true class")
+    figure.colorbar(drawn, ax=ax, label="share of the true class / %")
+    return figure
+
+
+def calibration(logits, labels, bins=10):
+    """Compare the confidence of predictions with how often they are right.
+
+    Guo et al. (2017), Section 2. Returns arrays (bins,) of mean confidence, accuracy
+    and share of the images, nan where a bin is empty, and the expected calibration
+    error.
+    """
+    confidence, predicted = logits.softmax(dim=-1).max(dim=-1)
+    right = (predicted == labels).double()
+    where = (confidence * bins).long().clamp(max=bins - 1)
+    counts = torch.bincount(where, minlength=bins).double()
+    mean = torch.bincount(where, confidence.double(), minlength=bins) / counts
+    accuracy = torch.bincount(where, right, minlength=bins) / counts
+    gap = (mean - accuracy).abs().nan_to_num() * counts / len(labels)
+    share = counts / len(labels)
+    return mean.numpy(), accuracy.numpy(), share.numpy(), gap.sum().item()
+
+
+@needs_results
+def plot_calibration(predictions):
+    """Draw the reliability diagram and how confident the predictions are."""
+    labels = predictions.labels
+    mean, accuracy, share, error = calibration(predictions.logits, labels)
+    enough = share * len(labels) >= 10  # of fewer images, a share right means nothing
+    figure, axes = _panels(2.5)
+    axes[0].plot([0, 100], [0, 100], ":", color=GREY, label="perfectly calibrated")
+    percent = 100 * mean[enough], 100 * accuracy[enough]
+    axes[0].plot(*percent, "o-", color=BLUE, label="model")
+    axes[0].set(xlabel="confidence / %", ylabel="right predictions / %")
+    axes[0].set(xlim=(0, 102), ylim=(0, 102))
+    axes[0].set_title(f"expected calibration error {100 * error:.1f} %", size="medium")
+    axes[0].legend()
+    centres = 100 * (np.arange(len(share)) + 0.5) / len(share)
+    axes[1].bar(centres, 100 * share, 90 / len(share), color=SKY, edgecolor=BLUE)
+    axes[1].set(xlabel="confidence / %", ylabel="images / %", xlim=(0, 102))
+    for ax in axes:
+        ax.grid(alpha=0.3)
+    return figure
+
+
+@needs_results
+def plot_predictions(predictions):
+    """Draw surely right, unsure and surely wrong predictions with their confidence."""
+    pixels, labels, logits, classes = predictions
+    confidence, predicted = logits.softmax(dim=-1).max(dim=-1)
+    right = predicted == labels
+    order = confidence.argsort(descending=True)
+    columns = 6
+    rows = {
+        "right, most sure": order[right[order]][:columns],
+        "least sure": order.flip(0)[:columns],
+        "wrong, most sure": order[~right[order]][:columns],
+    }
+    figure, axes = _panels(4.1, 3, columns)
+    figure.get_layout_engine().set(hspace=0.06)  # a row's labels apart from the next's
+    for axes_row, (name, chosen) in zip(axes, rows.items(), strict=True):
+        axes_row[0].set_ylabel(name)
+        for ax in axes_row:
+            ax.set(xticks=[], yticks=[])
+        for ax, index in zip(axes_row, chosen.tolist(), strict=False):
+            ax.imshow(pixels[index])
+            ax.set_title(
+                f"{classes[predicted[index]]}\n{100 * confidence[index]:.0f} %",
+                size="medium",
+                color="black" if right[index] else ORANGE,
+            )
+            ax.set_xlabel(f"is {classes[labels[index]]}")
+    return figure
+
+
+# --- Task 2: what the model has learned -----------------------------------------------
+
+
+def initial_model(history):
+    """Return the model as it was before training, drawn again from its seed."""
+    torch.manual_seed(history["seed"])
+    return VisionTransformer()
+
+
+def likeness(model, start):
+    """Return the cosine similarity of embeddings with those of another model."""
+    result = {}
+    for name in ("patch_embedding.weight", "position_embedding"):
+        pair = (each.get_parameter(name).detach().cpu() for each in (model, start))
+        similarity = torch.cosine_similarity(*(p.flatten() for p in pair), dim=0)
+        result[name] = similarity.item()
+    return result
+
+
+@needs_results
+def print_likeness(model, history):
+    """Print how alike embeddings are to their initial values.
+
+    Independent draws have a similarity close to 0: then this machine draws other
+    numbers from the seed, and differences to the initial values mean nothing.
+    """
+    for name, value in likeness(model, initial_model(history)).items():
+        print(f"{name}: cosine similarity with the initial values {value:.4f}")
+
+
+@needs_results
+def plot_filters(model, history, number=14):
+    """Draw principal components of the patch embedding, and of what training changed.
+
+    Dosovitskiy et al. (2021), Fig. 7 (left), and the same of the difference to the
+    initial weights, in which their noise is gone.
+    """
+    trained, initial = (
+        each.patch_embedding.weight.detach().cpu()
+        for each in (model, initial_model(history))
+    )  # (D, p * p * C)
+    size = model.patch_size
+    figure = plt.figure(figsize=(WIDTH, 2.6), layout="constrained")
+    panels = figure.subfigures(2, 1)
+    for panel, weight, title in zip(
+        panels, (trained, trained - initial), ("trained", "changed"), strict=True
+    ):
+        _, _, components = torch.linalg.svd(weight - weight.mean(dim=0))
+        pictures = rearrange(
+            components[:number], "n (p q C) -> n p q C", p=size, q=size
+        )
+        axes = panel.subplots(2, number // 2)
+        for index, (ax, picture) in enumerate(zip(axes.flat, pictures, strict=True), 1):
+            ax.imshow((0.5 + 0.5 * picture / picture.abs().max()).numpy())
+            ax.set(xticks=[], yticks=[])
+            ax.set_xlabel(str(index), labelpad=2)
+        panel.supylabel(title, size="medium")
+    return figure
+
+
+def position_similarity(position):
+    """Return the cosine similarities (L, L) of positional embeddings (L, D)."""
+    unit = position / position.norm(dim=-1, keepdim=True)
+    return unit @ unit.T
+
+
+@needs_results
+def plot_position_similarity(model, history):
+    """Draw how alike the positional embeddings are, and what training changed in them.
+
+    Dosovitskiy et al. (2021), Fig. 7 (centre), and the same of the difference to the
+    initial embeddings, in which their noise is gone.
+    """
+    trained, initial = (
+        each.position_embedding.detach().cpu()[0]
+        for each in (model, initial_model(history))
+    )
+    figure, axes = _panels(3.6)
+    titles = ("trained", "changed by training")
+    for ax, position, title in zip(
+        axes, (trained, trained - initial), titles, strict=True
+    ):
+        similarity = position_similarity(position)
+        limit = (similarity - torch.diag(similarity.diag())).abs().max().item()
+        side = round(len(position) ** 0.5)
+        maps = similarity.reshape(side, side, side, side).numpy()
+        drawn = draw_tiles(ax, maps, cmap="viridis", vmin=-limit, vmax=limit)
+        ax.set(xlabel="patch column", ylabel="patch row")
+        ax.set_title(title, size="medium")
+        figure.colorbar(
+            drawn, ax=ax, label="cosine similarity", extend="max", location="bottom"
+        )
+    return figure
+
+
+@torch.no_grad()
+def attention_weights(model, images):
+    """Return the attention weights of all blocks, (layers, B, num_heads, 1 + L, 1 + L).
+
+    Those of all tokens, of the last block as well, for normalised images (B, C, H, W).
+    """
+    layers = [m for m in model.modules() if isinstance(m, SelfAttention)]
+    inputs = []
+    hooks = [
+        layer.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
+        for layer in layers
+    ]
+    model.eval()(images.to(model.head.weight.device))
+    for hook in hooks:
+        hook.remove()
+    weights = [
+        layer(x, need_weights=True)[1] for layer, x in zip(layers, inputs, strict=True)
+    ]
+    return torch.stack(weights)
+
+
+def normalised(pixels):
+    """Turn pixels (N, 32, 32, 3), uint8, into what the model reads, (N, 3, 32, 32)."""
+    return torch.stack([VAL_TRANSFORM(image) for image in pixels])
+
+
+def attention_distance(weights, patch_size):
+    """Return how far the heads look, in pixels, (layers, num_heads).
+
+    Dosovitskiy et al. (2021), Section 4.5: the distance between the centres of two
+    patches, weighted by ``attention_weights`` and averaged over queries and images. The
+    class token has no place, and is left out.
+    """
+    among = weights[..., 1:, 1:]
+    # Averaging over images first saves a gigabyte; MPS knows no float64
+    among = (among / among.sum(dim=-1, keepdim=True)).mean(dim=1).cpu().double()
+    side = round(among.shape[-1] ** 0.5)
+    row, column = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    places = torch.stack([row, column], dim=-1).reshape(-1, 2).double() * patch_size
+    distances = torch.cdist(places, places)
+    return (among * distances).sum(dim=-1).mean(dim=-1)
+
+
+@needs_results
+def plot_attention_distance(model, predictions):
+    """Plot the attention distance of every head against depth, but the last block's."""
+    weights = attention_weights(model, normalised(predictions.pixels[:256]))[:-1]
+    distances = attention_distance(weights, model.patch_size)
+    even = attention_distance(torch.ones_like(weights[:1, :1, :1]), model.patch_size)
+    layers = range(1, len(distances) + 1)
+    figure, ax = _panels(2.3, 1, 1)
+    for head, values in enumerate(distances.T):
+        label = "one head" if head == 0 else None
+        ax.plot(layers, values, "o", color=BLUE, alpha=0.6, label=label)
+    ax.plot(layers, distances.mean(dim=1), "-", color=ORANGE, label="mean of the heads")
+    ax.axhline(even.item(), linestyle=":", color=GREY, label="even attention")
+    ax.set(xlabel="encoder block", ylabel="attention distance / pixels")
+    ax.set(xticks=layers)
+    ax.margins(y=0.25)
+    ax.grid(alpha=0.3)
+    ax.legend(ncols=3, loc="upper left")
+    return figure
+
+
+def rollout(weights):
+    """Return what the class token gets from each patch through all blocks, (B, L).
+
+    Abnar and Zuidema (2020): the mean of ``attention_weights`` over heads, mixed half
+    and half with the residual connection, multiplied up.
+    """
+    mixed = weights.mean(dim=2)
+    mixed = 0.5 * mixed + 0.5 * torch.eye(mixed.shape[-1], device=mixed.device)
+    flow = mixed[0]
+    for layer in mixed[1:]:
+        flow = layer @ flow
+    return flow[:, 0, 1:]
+
+
+@needs_results
+def plot_rollout(model, predictions):
+    """Draw the first image of eight classes, each above its ``rollout``."""
+    labels = predictions.labels.tolist()
+    first = [labels.index(number) for number in range(8)]
+    images = predictions.pixels[first]
+    maps = rollout(attention_weights(model, normalised(images))).cpu()
+    side = round(maps.shape[-1] ** 0.5)
+    figure, axes = _panels(1.9, 2, len(images))
+    for image, heat, number, (top, bottom) in zip(
+        images, maps, first, axes.T, strict=True
+    ):
+        top.imshow(image)
+        top.set_title(predictions.classes[labels[number]], size="medium")
+        relative = (heat / heat.max()).reshape(side, side).numpy()
+        drawn = bottom.imshow(relative, cmap="inferno", vmin=0, vmax=1)
+        for ax in (top, bottom):
+            ax.set(xticks=[], yticks=[])
+    axes[0, 0].set_ylabel("image")
+    axes[1, 0].set_ylabel("rollout")
+    figure.colorbar(drawn, ax=axes[1], label="relative weight", aspect=8)
+    return figure

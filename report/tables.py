@@ -1,0 +1,134 @@
+"""The tables of the PDF that are read from records: points, trials, seeds."""
+
+import json
+import re
+import statistics
+from pathlib import Path
+
+from training import HISTORY_NAME, QUICK_RECORD, first_epoch_at, read_history
+
+ROOT = Path(__file__).parent.parent
+TRIALS = ROOT / "bench" / "trials"
+FIGURE = re.compile(r"\*\*Figure (\d+)\.\*\*")  # what a caption begins with
+
+# The sheet's 20 points: what, points, the code, and the unit test, or the mark of
+# validation accuracy, that is the evidence
+POINTS = (
+    ("Task 1: modules in __init__", 1, "SelfAttention.__init__", "multi head"),
+    ("Task 1: single head", 3, "SelfAttention.forward", "single head"),
+    ("Task 1: several heads", 2, "SelfAttention.forward", "multi head"),
+    ("Task 2: FeedForwardBlock", 1, "FeedForwardBlock", "dropout"),
+    ("Task 2: transformer block", 2, "SelfAttentionTransformerBlock", "block"),
+    ("Task 2: __init__", 2, "VisionTransformer.__init__", "parameter count"),
+    ("Task 2: patchify", 2, "VisionTransformer.patchify", "patch order"),
+    ("Task 2: forward", 1, "VisionTransformer.forward", "class token"),
+    ("Task 2: 25 % validation accuracy", 2, "train", 0.25),
+    ("Task 2: 50 % validation accuracy", 2, "train", 0.5),
+    ("Task 2: 70 % validation accuracy", 2, "train", 0.7),
+)
+
+
+def points(notebooks, history):
+    """Return the rows of the table of points, the evidence read from what was run.
+
+    Args:
+        notebooks: the executed notebooks.
+        history: that of the run they show.
+
+    Returns:
+        Dicts with ``what``, ``points``, ``code`` (a definition), ``proof`` (a test, or
+        the figure of the accuracy) and ``evidence``.
+    """
+    cells = [cell for notebook in notebooks for cell in notebook.cells]
+    outputs = [output for cell in cells for output in cell.get("outputs", [])]
+    printed = "\n".join(output.get("text", "") for output in outputs)
+    passed = dict(re.findall(r"^passed  ([\w ]+): (.*)$", printed, re.MULTILINE))
+    captions = [cell.source for cell in cells if FIGURE.match(cell.source)]
+    curve = [FIGURE.match(c)[1] for c in captions if "validation accuracy" in c]
+    figure = f"Figure {curve[0]}" if curve else ""
+    accuracies, rows = history["val_accs"], []
+    for what, number, code, proof in POINTS:
+        if isinstance(proof, str):
+            evidence = f"{proof}: {passed.get(proof, 'not run')}"
+            proof = f"test_{proof.replace(' ', '_')}"
+        else:
+            epoch, proof = first_epoch_at(accuracies, proof), figure
+            first = f"epoch {epoch}: {accuracies[epoch - 1]:.1%}" if epoch else "never"
+            last = f"epoch {len(accuracies)}, the last: {accuracies[-1]:.1%}"
+            evidence = f"{proof}, {first}; {last}".replace("%", " %")
+        row = {"what": what, "points": number, "code": code, "proof": proof}
+        rows.append({**row, "evidence": evidence})
+    return rows
+
+
+def trials():
+    """Return the tables of trials and of seeds in pandoc's Markdown."""
+    records = [
+        json.loads(path.read_text(encoding="utf-8"))
+        for path in sorted(TRIALS.glob("*.json"))
+    ]
+    short = [record for record in records if "held_out_accs" in record]
+    short.sort(key=lambda trial: (trial["group"], -trial["held_out_accs"][-1]))
+    seeds = [record for record in records if "held_out_accs" not in record]
+    if (ROOT / QUICK_RECORD / HISTORY_NAME).is_file():
+        seeds.insert(0, read_history(ROOT / QUICK_RECORD))
+    return "\n\n".join(
+        make(runs) for make, runs in ((_short_runs, short), (_seeds, seeds)) if runs
+    )
+
+
+def _short_runs(runs):
+    header = "group, trial, batch, rate, epochs x images, seed, recipe / %, eval / %"
+    rows = [
+        [
+            run["group"],
+            run["name"],
+            run["batch_size"],
+            f"{run['lr']:g}",
+            f"{run['epochs']} x {run['images']:,}",
+            run["seed"],
+            *_percents([run["held_out_accs"][-1], run["held_out_accs_eval"][-1]]),
+            *(f"{loss:.3f}" for loss in run.get("held_out_losses", [])[-1:]),
+        ]
+        for run in runs
+    ]
+    has_loss = any("held_out_losses" in run for run in runs)
+    return _table(
+        header + ", loss / nats" * has_loss,
+        rows,
+        "**Table 1.** Short runs, by group, the best of each first: accuracy on held-"
+        "out training images after the last epoch, as the recipe measures it (dropout "
+        "active) and in evaluation mode"
+        + " (eval), as is the loss" * has_loss
+        + ". {#table-1}",
+    )
+
+
+def _seeds(runs):
+    ends = [(run["val_accs"][-1], run["val_accs_eval"][-1]) for run in runs]
+    rows = [
+        [run["seed"], *_percents(end), first_epoch_at(run["val_accs"], 0.7) or "never"]
+        for run, end in zip(runs, ends, strict=True)
+    ]
+    if len(runs) > 1:
+        for name, of in (("mean", statistics.mean), ("spread", statistics.stdev)):
+            rows.append([name, *_percents(map(of, zip(*ends, strict=True))), ""])
+    return _table(
+        "seed, recipe / %, eval / %, 70 % by the recipe in epoch",
+        rows,
+        f"**Table 2.** Quick runs ({runs[0]['n_epochs']} epochs, batch size "
+        f"{runs[0]['batch_size']}, learning rate {runs[0]['lr']:g}) that differ in the "
+        "seed: accuracy on the 10,000 test images after the last epoch. The spread is "
+        "the sample standard deviation. {#table-2}",
+    )
+
+
+def _percents(accuracies):
+    return [f"{100 * accuracy:.2f}" for accuracy in accuracies]
+
+
+def _table(header, rows, caption):
+    header = header.split(", ")
+    lines = [header, ["---"] * len(header), *rows]
+    lines = [f"| {' | '.join(map(str, line))} |" for line in lines]
+    return "\n".join([*lines, "", f": {caption}"])

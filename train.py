@@ -1,0 +1,74 @@
+"""Train the Vision Transformer by the recipe, or validate recorded weights again.
+
+    python train.py                    # the run of the exercise: 50 epochs
+    python train.py --preset quick     # the same model, fewer epochs, smaller batches
+    python train.py --verify           # the recorded weights on the 10,000 test images
+
+A run can be interrupted at any time; the same command continues it.
+"""
+
+import argparse
+import math
+
+import training
+import vision_transformer as vt
+from attention import choose_device
+
+
+def positive(kind):
+    """Return a reader of numbers above 0 for ``argparse``."""
+
+    def read(text):
+        value = kind(text)
+        if not 0 < value < math.inf:
+            raise ValueError
+        return value
+
+    read.__name__ = f"positive {kind.__name__}"
+    return read
+
+
+def parse_arguments(arguments=None):
+    """Read the command line; see ``python train.py --help``."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--verify", action="store_true", help="train nothing")
+    parser.add_argument("--preset", choices=training.PRESETS, default="default")
+    parser.add_argument("--batch-size", type=positive(int))
+    parser.add_argument("--lr", type=positive(float))
+    parser.add_argument("--epochs", type=positive(int), dest="n_epochs")
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--run", help="folder of the run, to store or to verify")
+    parser.add_argument("--cache-dir", default=vt.DATASET_CACHE_DIR)
+    return parser.parse_args(arguments)
+
+
+def main(arguments=None):
+    """Do what the command line asks for; return the exit code."""
+    given = parse_arguments(arguments)
+    device = choose_device()
+    try:
+        if given.verify:
+            folder, settings = given.run or training.RECORD, {}
+            model = vt.VisionTransformer().to(device)
+            model, history = training.load_record(folder, settings, model)
+            training.fetch(vt.CIFAR10, given.cache_dir)
+        else:
+            own = {
+                key: getattr(given, key)
+                for key in training.PRESETS["default"]
+                if getattr(given, key, None) is not None
+            }
+            settings = {**training.PRESETS[given.preset], **own}
+            model, history = vt.train_run(settings, given.cache_dir, device, given.run)
+        print(training.summary(history))
+        predictions = vt.predict_test_images(model, given.cache_dir, device)
+        return 0 if predictions and vt.verify(history, predictions) else 1
+    except training.UserError as error:
+        print(f"error: {error}")
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
