@@ -1,5 +1,5 @@
 -- What pandoc does not know about the report: which links are citations, what stays
--- with what follows it, and that a screen reader needs words for equations and pictures.
+-- with what follows it, and that a screen reader needs words for equations and figures.
 
 local function typst_string(text)
   return '"' .. text:gsub("\\", "\\\\"):gsub('"', '\\"'):gsub("%s+", " ") .. '"'
