@@ -82,7 +82,9 @@ def choose_device():
 #
 # `SelfAttention` works on a sequence of tokens, which is what the Vision Transformer
 # of Task 2 needs. Head $i$ owns slice $i$ of the features of `q`, `k` and `v`, so a
-# reshape splits the heads, and no loop over heads, tokens or images is needed.
+# reshape splits the heads, and no loop over heads, tokens or images is needed. Where
+# only the first tokens of the output are wanted, as in the last block of Task 2, `keep`
+# says how many.
 
 
 # %%
@@ -103,13 +105,12 @@ class SelfAttention(nn.Module):
         self.out = nn.Linear(num_heads * value_dim, embed_dim, bias=False)  # W^O
 
     def forward(self, x, keep=None, need_weights=False):
-        """Attend; return the first ``keep`` tokens, all by default, and the weights."""
+        """Return the first ``keep`` tokens, by default all; if asked, weights too."""
         q = self._split_heads(self.q(x[:, :keep]))  # (B, h, L, d_k)
         k = self._split_heads(self.k(x))  # (B, h, L, d_k)
         v = self._split_heads(self.v(x))  # (B, h, L, d_v)
 
-        # softmax(Q K^T / sqrt(d_k)) V; queries are divided, since they are fewer
-        # numbers than the logits
+        # softmax(Q K^T / sqrt(d_k)) V; dividing Q is cheaper when L > d_k
         q = q / math.sqrt(self.head_dim)
         weights = (q @ k.mT).softmax(dim=-1)  # (B, h, L, d_k) x (B, h, d_k, L)
         heads = weights @ v  # (B, h, L, L) x (B, h, L, d_v) -> (B, h, L, d_v)
@@ -149,7 +150,7 @@ class SelfAttention2d(SelfAttention):
 # this bundle; the two below check the same facts: the weights of the layer are copied
 # into `nn.MultiheadAttention`, which must return the same tokens on the same kind of
 # input (4 x 256 x 24 x 24), within `rtol=1e-2` and `atol=1e-5`. To run the course's own
-# cells, put this file beside its notebook and write
+# cells, put `attention.py` beside its notebook and write
 # `from attention import SelfAttention2d` in place of the class.
 
 
@@ -225,7 +226,12 @@ if __name__ == "__main__":
     run_unit_tests(test_single_head, test_multi_head)
 
 # %% [markdown]
-# ## How exact is it?
+# ## Beyond the exercise
+#
+# The rest was not asked for: how exact the layer is, why it divides by $\sqrt{d_k}$,
+# what its heads look at, and what it costs.
+#
+# ### How exact is it?
 #
 # The tests allow an error of one percent. The table shows how far the two
 # implementations really are apart: the largest absolute difference of outputs, of
@@ -243,7 +249,7 @@ if __name__ == "__main__":
 # which the two layers round in different places.
 
 # %% [markdown]
-# ## Why divide by $\sqrt{d_k}$?
+# ### Why divide by $\sqrt{d_k}$?
 #
 # Let the entries of a query and a key be independent, with mean 0 and variance 1. Their
 # product is then a sum of $d_k$ terms with mean 0 and variance 1:
@@ -275,12 +281,13 @@ if __name__ == "__main__":
 # a real layer depends on its initial weights, and a trained head can grow its logits.
 
 # %% [markdown]
-# ## What the heads look at
+# ### What the heads look at
 #
-# A new layer attends almost evenly. To make attention visible, the input of Figure 2
-# has structure: a disc, a bar and a background, where the tokens of a region share one
-# random direction. The key projection is a copy of the query projection, so two tokens
-# match when they are alike. Nothing is trained here.
+# To make attention visible, the input of Figure 2 has structure: a disc, a bar and a
+# background, where the tokens of a region share one random direction. The key
+# projection is a copy of the query projection, so two tokens match when they are alike.
+# Both have twice their initial weights, which makes the maps sharper. Nothing is
+# trained here.
 
 # %% tags=["active-ipynb", "appendix"]
 # figures.plot_attention_maps(queries=[(4, 4), (12, 9)], heads=[0, 1, 2]);
@@ -300,7 +307,7 @@ if __name__ == "__main__":
 # in another 32-dimensional projection.
 
 # %% [markdown]
-# ## What it costs
+# ### What it costs
 #
 # A forward pass needs $4 L D^2$ multiplications for its four projections when the heads
 # fill the token, and $2 L^2 D$ for the two products $QK^T$ and (weights) $V$, whatever

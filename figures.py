@@ -16,7 +16,6 @@ from einops import rearrange
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision.datasets import CIFAR10
 
 from attention import SelfAttention, SelfAttention2d, torch_attention
 from vision_transformer import VAL_TRANSFORM, VisionTransformer
@@ -411,10 +410,10 @@ def print_costs(model):
         print(f"{part:<28}{parameters:>12,}{operations / 1e6:>18.2f} million")
 
 
-def plot_patches(cache_dir, patch_size):
+def plot_patches(dataset, cache_dir, patch_size):
     """Draw a test image, cut into its patches, and as the sequence they become."""
     try:
-        pixels = CIFAR10(cache_dir, train=False).data[1]
+        pixels = dataset(cache_dir, train=False).data[1]
     except RuntimeError:  # torchvision's word for missing or damaged files
         print(f"Not shown (patches): there is no CIFAR-10 in {cache_dir}.")
         return None
@@ -588,7 +587,8 @@ def plot_calibration(predictions):
 def plot_predictions(predictions):
     """Draw surely right, unsure and surely wrong predictions with their confidence."""
     pixels, labels, logits, classes = predictions
-    confidence, predicted = logits.softmax(dim=-1).max(dim=-1)
+    # In double precision, since many round to 100 % in single
+    confidence, predicted = logits.double().softmax(dim=-1).max(dim=-1)
     right = predicted == labels
     order = confidence.argsort(descending=True)
     columns = 6

@@ -48,10 +48,13 @@ def main(arguments=None):
     device = choose_device()
     try:
         if given.verify:
-            folder, settings = given.run or training.RECORD, {}
             model = vt.VisionTransformer().to(device)
-            model, history = training.load_record(folder, settings, model)
-            training.fetch(vt.CIFAR10, given.cache_dir)
+            if given.run:
+                training.read_history(given.run)  # not one that lies beside
+            folder = given.run or training.RECORD
+            model, history = training.load_record(folder, {}, model)
+            if model is not None:
+                training.fetch(vt.CIFAR10, given.cache_dir)
         else:
             own = {
                 key: getattr(given, key)

@@ -1,7 +1,7 @@
 """What a training run needs and the exercise is not about.
 
 The data set is fetched, progress shown, every epoch saved, and a finished run recorded.
-Nothing here knows the model or computes what the recipe does.
+Nothing here computes what the recipe does.
 
 A run is a folder. While it goes on, that holds a checkpoint, which only this machine
 needs to read. When it is finished, that holds its record: ``history.json``, everything
@@ -134,6 +134,8 @@ def fetch(dataset, cache_dir, sources=SOURCES):
     if is_present(dataset, cache_dir):
         return
     archive = Path(cache_dir, ARCHIVE_NAME)
+    for path in archive.parent.glob(".cifar-10-*"):  # of a process that was killed
+        path.unlink()
     tried = []
     if archive.exists() and not check_integrity(archive, ARCHIVE_MD5):
         tried.append(f"{archive}: wrong MD5, so it is incomplete or another file")
@@ -142,7 +144,7 @@ def fetch(dataset, cache_dir, sources=SOURCES):
             break
         try:
             _download(source, archive)
-        except (httpx.HTTPError, httpx.InvalidURL, ValueError, OSError) as error:
+        except Exception as error:  # whatever a network or a proxy can do
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             tried.append(f"{source}: {reason}")
     if check_integrity(archive, ARCHIVE_MD5):
@@ -166,7 +168,7 @@ def _download(url, path):
     """
     received, failure, stop = [0], [], threading.Event()
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".cifar-10-")
     os.close(handle)
 
     def transfer():
@@ -225,9 +227,11 @@ def _download(url, path):
 def _unpack(archive, folder):
     """Unpack one folder of an archive beside it; no file is left half-written."""
     beside = archive.parent
-    unpacking = tempfile.TemporaryDirectory(dir=beside, prefix=".unpacking-")
     try:
-        with unpacking as inside, tarfile.open(archive) as tar:
+        with (
+            tempfile.TemporaryDirectory(dir=beside, prefix=".unpacking-") as inside,
+            tarfile.open(archive) as tar,
+        ):
             # Refuses members that would land outside, and special files. Early
             # patch releases of Python lack it: there the MD5 has to do.
             tar.extraction_filter = getattr(tarfile, "data_filter", None)
@@ -281,7 +285,8 @@ class Checkpoint:
             except Exception as error:  # whatever a damaged file makes a reader raise
                 reason = str(error).split("\n")[0]
                 print(f"{path} is damaged ({reason}) and deleted", flush=True)
-                path.unlink()
+                with _files(path):
+                    path.unlink()
         return None
 
     def delete(self):
@@ -343,8 +348,8 @@ def read_history(folder):
     train_losses       cross-entropy of every step, in nats
     val_accs           accuracy after every epoch in [0, 1], as the recipe measures it
     val_accs_eval      the same with ``model.eval()``
-    val_losses_eval    validation cross-entropy with ``model.eval()``, in nats; newer
-                       records only
+    val_losses_eval    validation cross-entropy with ``model.eval()``, in nats; the
+                       recorded runs were made before it was measured
     epoch_seconds      duration of every epoch, validation included; ``seconds`` is
                        their sum
     parameters         number of parameters of the model
@@ -418,7 +423,7 @@ def first_epoch_at(accuracies, mark):
 
 
 def hours(history):
-    """Return how long a run takes, whatever one epoch in a sleeping machine took."""
+    """Return epochs times the median epoch, so that a pause does not count."""
     seconds = history["epoch_seconds"]
     return len(seconds) * statistics.median(seconds) / 3600
 
@@ -429,7 +434,12 @@ def finished(history):
 
 
 def describe(history):
-    """Return the settings of a run in words."""
+    """Return the settings of a run by the recipe in words."""
+    missing = DEFAULT.keys() - history.keys()
+    if missing:
+        raise UserError(
+            f"this is no run by the recipe: its history says no {min(missing)}"
+        )
     return (
         f"{history['dataset']}, batch size {history['batch_size']}, learning rate "
         f"{history['lr']:g}, {history['n_epochs']} epochs, seed {history['seed']}"
@@ -472,13 +482,13 @@ class Progress:
     """
 
     def __init__(self, total, done):
-        in_notebook = "ipykernel" in sys.modules
+        shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
         self.bar = tqdm(
             total=total,
             initial=done,
             unit="step",
             file=sys.stdout,
-            disable=False if in_notebook else None,
+            disable=False if hasattr(shell, "kernel") else None,  # in a notebook
             leave=False,
             mininterval=0.5,
             ncols=76,
@@ -510,8 +520,8 @@ def ctrl_c_waits(model):
             raise KeyboardInterrupt
         noted.append(True)
 
-    def check(*_):
-        if noted:
+    def check(called, _):
+        if noted and called is model:  # not a copy of it, which is only probed
             raise KeyboardInterrupt
 
     if threading.current_thread() is not threading.main_thread():
@@ -521,6 +531,10 @@ def ctrl_c_waits(model):
     hook = model.register_forward_pre_hook(check)
     try:
         yield
+    except RuntimeError:
+        if noted:  # it ended the workers, where they are not forked
+            raise KeyboardInterrupt from None
+        raise
     finally:
         hook.remove()
         signal.signal(signal.SIGINT, before)
@@ -618,9 +632,8 @@ class Run:
     @contextlib.contextmanager
     def _locked(self):
         """Keep other processes from training the same run at the same time."""
-        lock = filelock.FileLock(RUNS / f".{self.folder.name}.lock", timeout=0)
+        lock = filelock.FileLock(self.folder / ".lock", timeout=0)
         with _files(self.folder):
-            RUNS.mkdir(parents=True, exist_ok=True)
             self.folder.mkdir(parents=True, exist_ok=True)
         try:
             lock.acquire()
@@ -635,6 +648,8 @@ class Run:
             yield
         finally:
             lock.release()
+            with contextlib.suppress(OSError):
+                Path(lock.lock_file).unlink()
 
     def _save(self):
         self.checkpoint.save(

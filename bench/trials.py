@@ -1,9 +1,8 @@
-"""Training runs for choices, ablations and seeds: `python bench/trials.py`.
+"""Training runs for choices, ablations and seeds: `python bench/trials.py GROUP ...`.
 
 Choices and ablations never look at the test images: 5,000 of the 50,000 training images
 are held out, and every trial is judged by them. It trains on ``images`` of the others,
-for ``epochs`` passes. The seeds are whole quick runs by the recipe and take hours, so
-they run only when asked for.
+for ``epochs`` passes. The seeds are whole quick runs by the recipe.
 
 A finished trial is a file in ``bench/trials`` and is not run again. An interrupted one
 continues after its last epoch, from its folder in ``build/trials``.
@@ -73,7 +72,7 @@ class Trial:
 
 @torch.no_grad()
 def patches(model, factor):
-    """Scale the patch embedding, which begins three times as loud as Xavier's."""
+    """Scale the weights of the patch embedding."""
     model.patch_embedding.weight.mul_(factor)
     return model
 
@@ -316,9 +315,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument(
         "groups",
-        nargs="*",
-        default=groups[:-1],
-        help=f"only these groups, of {', '.join(groups)}; by default all but seeds",
+        nargs="+",
+        help=f"which to run, of {', '.join(groups)}",
     )
     parser.add_argument("--cache-dir", default="data")
     arguments = parser.parse_args()

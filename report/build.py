@@ -66,6 +66,7 @@ class Submission:
         run, history = Path(run).resolve(), read_history(run)
         if run.is_relative_to(Path.cwd()):
             run = run.relative_to(Path.cwd())
+        describe(history)  # refuses what is no run by the recipe
         folder = Path() if run == RECORD else BUILD / run.name
         if history["dataset"] != CIFAR10.__name__:
             folder = BUILD / "demo"
@@ -91,8 +92,8 @@ class Submission:
 def store_notebooks(submission, needs_data=True):
     """Execute the notebooks, neither of which trains, and store them: all or none.
 
-    Without the data set, good outputs of the Vision Transformer would give way to none.
-    So they are kept or, if it ``needs_data``, all is refused. Returns what is executed.
+    Without the data set, good outputs of the Vision Transformer would be lost. So they
+    are kept or, if it ``needs_data``, all is refused. Returns what is executed.
     """
     executed = {ATTENTION: _execute(submission, ATTENTION)}
     try:

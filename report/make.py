@@ -218,10 +218,14 @@ def main(arguments):
     """Run one command, given as on the command line."""
     words = [word for word in arguments if "=" not in word]
     given = dict(word.split("=", 1) for word in arguments if "=" in word)
+    os.environ.update(given)
+    # make hands its own over by the environment, as a shell does what it exports
+    typed = os.environ.get("MAKEFLAGS", "").partition("-- ")[2]
+    given |= dict.fromkeys(re.findall(r"(?:^| )([A-Z_]+)=", typed))
+    given.pop("PYTHON", None)
     for name in given:
         if name not in OPTIONS:
             fail(f"{name} is no option; the options: {', '.join(OPTIONS)}")
-    os.environ.update(given)
     if not words or words[0] in ("help", "-h", "--help"):
         usage()
         return
@@ -230,7 +234,7 @@ def main(arguments):
         fail(f"{' '.join(words)!r} is no command; the commands: {', '.join(known)}")
     [name] = words
     for option, (commands, _) in OPTIONS.items():
-        if os.environ.get(option) and commands is not ALL and name not in commands:
+        if option in given and commands is not ALL and name not in commands:
             fail(f"{option} is no option of {name}, but of {', '.join(commands)}")
     os.chdir(ROOT)
     is_inside = Path(sys.prefix).resolve() == environment_folder().resolve()

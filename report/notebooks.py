@@ -32,7 +32,7 @@ PLOTTING = {
 
 
 def read_script(path):
-    """Read a percent script as a notebook without outputs, the same at every time."""
+    """Read a percent script as a notebook without outputs, always the same."""
     notebook = jupytext.read(path, fmt="py:percent")
     notebook.metadata["language_info"] = {"name": "python"}
     for number, cell in enumerate(notebook.cells, 1):
@@ -103,7 +103,7 @@ def execute(notebook, name, timeout=CELL_SECONDS):
         # Its own log warns at every start, and shows tracebacks at Ctrl-C
         extra_arguments=["--log-level=CRITICAL"],
     )
-    number, cell, traceback = 0, None, ""
+    number, cell, traceback = 1, notebook.cells[0], ""
     try:
         # Not client.execute(), which replaces the handling of Ctrl-C
         with client.setup_kernel(env={**os.environ, **PLOTTING}):

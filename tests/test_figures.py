@@ -69,7 +69,7 @@ def drawn():
         figures.plot_attention_maps: ([(1, 1)], [0, 1]),
         figures.plot_cost: ([4, 8], CPU),
         figures.plot_architecture: (model,),
-        figures.plot_patches: ("data", 4),
+        figures.plot_patches: (report.demo.DemoCIFAR10, "data", 4),
         figures.plot_training: (HISTORY,),
         figures.plot_confusion: (predictions,),
         figures.plot_calibration: (predictions,),
@@ -153,7 +153,6 @@ def is_twin(ax):
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch):
-    monkeypatch.setattr(figures, "CIFAR10", report.demo.DemoCIFAR10)
     monkeypatch.setattr(figures, "VisionTransformer", lambda: small_model(layers=2))
     yield
     plt.close("all")

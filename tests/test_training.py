@@ -310,8 +310,8 @@ def test_a_checkpoint_that_cannot_be_read_now_is_kept(workplace, monkeypatch):
 def test_two_processes_do_not_train_the_same_run(workplace):
     import filelock
 
-    training.RUNS.mkdir(parents=True)
-    lock = filelock.FileLock(training.RUNS / f".{FOLDER.name}.lock")
+    FOLDER.mkdir()
+    lock = filelock.FileLock(FOLDER / ".lock")
     with lock, pytest.raises(UserError, match="another process is training"):
         go_on(small_model())
     go_on(small_model())

@@ -144,6 +144,12 @@ def test_dropout_keeps_the_mean_and_drops_the_share(p):
     assert torch.equal(dropout.eval()(x), x)
 
 
+def test_dropout_of_everything_leaves_nothing():
+    x = torch.ones(100, 100)
+    for p in (1.0, 1 - 1e-9):
+        assert FeedForwardBlock(8, 8, p).layers[2].train()(x).abs().max() == 0
+
+
 def test_verify_counts_right_answers(capsys):
     labels = torch.arange(10).repeat(10)
     logits = torch.eye(10)[labels]
