@@ -45,7 +45,7 @@ def _panels(height, rows=1, columns=2, **options):
     )
 
 
-# --- Task 1: exactness, scaling, maps, cost -------------------------------------------
+# --- Task 1: exactness, scaling, maps, cost ---------------------------
 
 
 def errors_against_torch(layer, x, dtype):
@@ -266,7 +266,7 @@ def plot_cost(sides, device):
     return figure
 
 
-# --- Task 2: the model ----------------------------------------------------------------
+# --- Task 2: the model ------------------------------------------------
 
 
 def architecture(model):
@@ -448,7 +448,7 @@ def draw_tiles(ax, tiles, fill=np.nan, **options):
     return ax.imshow(sheet, **options)
 
 
-# --- Task 2: the training -------------------------------------------------------------
+# --- Task 2: the training ---------------------------------------------
 
 
 def running_mean(values, window):
@@ -492,7 +492,7 @@ def plot_training(history):
     return figure
 
 
-# --- Task 2: predictions --------------------------------------------------------------
+# --- Task 2: predictions ----------------------------------------------
 
 
 def confusion(logits, labels):
@@ -614,7 +614,7 @@ def plot_predictions(predictions):
     return figure
 
 
-# --- Task 2: what the model has learned -----------------------------------------------
+# --- Task 2: what the model has learned -------------------------------
 
 
 def initial_model(history):
@@ -635,10 +635,9 @@ def likeness(model, start):
 
 @needs_results
 def print_likeness(model, history):
-    """Print how alike embeddings are to their initial values.
+    """Print ``likeness`` to the initial values.
 
-    Independent draws have a similarity close to 0: then this machine draws other
-    numbers from the seed, and differences to the initial values mean nothing.
+    Near 0, this machine draws other numbers from the seed.
     """
     for name, value in likeness(model, initial_model(history)).items():
         print(f"{name}: cosine similarity with the initial values {value:.4f}")
@@ -646,10 +645,9 @@ def print_likeness(model, history):
 
 @needs_results
 def plot_filters(model, history, number=14):
-    """Draw principal components of the patch embedding, and of what training changed.
+    """Draw principal components of the patch embedding, and of its change.
 
-    Dosovitskiy et al. (2021), Fig. 7 (left), and the same of the difference to the
-    initial weights, in which their noise is gone.
+    Dosovitskiy et al. (2021), Fig. 7 (left); without the initial noise.
     """
     trained, initial = (
         each.patch_embedding.weight.detach().cpu()
@@ -682,10 +680,9 @@ def position_similarity(position):
 
 @needs_results
 def plot_position_similarity(model, history):
-    """Draw how alike the positional embeddings are, and what training changed in them.
+    """Draw how alike the positional embeddings are, and their changes.
 
-    Dosovitskiy et al. (2021), Fig. 7 (centre), and the same of the difference to the
-    initial embeddings, in which their noise is gone.
+    Dosovitskiy et al. (2021), Fig. 7 (centre); without the initial noise.
     """
     trained, initial = (
         each.position_embedding.detach().cpu()[0]

@@ -73,7 +73,7 @@ class UserError(RuntimeError):
     """Something that the user can put right; the message says how, in one sentence."""
 
 
-# --- Files ---------------------------------------------------------------------------
+# --- Files ------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -112,7 +112,7 @@ def checksum(path):
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
 
 
-# --- The data set --------------------------------------------------------------------
+# --- The data set -----------------------------------------------------
 
 
 def is_present(dataset, cache_dir):
@@ -247,7 +247,7 @@ def _unpack(archive, folder):
         ) from error
 
 
-# --- Checkpoints ---------------------------------------------------------------------
+# --- Checkpoints ------------------------------------------------------
 
 
 class Checkpoint:
@@ -295,7 +295,7 @@ class Checkpoint:
             path.unlink(missing_ok=True)
 
 
-# --- Records -------------------------------------------------------------------------
+# --- Records ----------------------------------------------------------
 
 
 @torch.no_grad()
@@ -472,7 +472,7 @@ def processor_name():
     return platform.processor() or platform.machine()
 
 
-# --- Progress ------------------------------------------------------------------------
+# --- Progress ---------------------------------------------------------
 
 
 class Progress:
@@ -540,7 +540,7 @@ def ctrl_c_waits(model):
         signal.signal(signal.SIGINT, before)
 
 
-# --- Runs ----------------------------------------------------------------------------
+# --- Runs -------------------------------------------------------------
 
 
 class Run:

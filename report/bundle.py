@@ -37,7 +37,7 @@ and import the classes in place of their cells: `from attention import SelfAtten
 `from vision_transformer import VisionTransformer` and so on.
 """
 VERIFY = {
-    True: "python train.py --verify        the recorded weights on CIFAR-10's test images",
+    True: "python train.py --verify        the recorded weights on the test images",
     False: "The weights are left out; history.json holds what the training measured.",
 }
 
