@@ -169,11 +169,14 @@ def run_own(name):
     from training import RECORD, UserError
 
     try:
-        from report import build, bundle, identity
+        from report import identity
 
-        student = identity.read_student()
+        student = identity.read_student()  # refused before more is loaded
         for note in student.notes:
             print(note)
+
+        from report import build, bundle
+
         if name == "demo":
             build.demo(student)
             return
