@@ -193,7 +193,8 @@ def run_own(name):
 
 def clean():
     """Remove what can be made again; training runs took hours, and stay."""
-    build = [path for path in ROOT.glob("build/*") if path.name != "runs"]
+    kept = ("runs", "trials")
+    build = [path for path in ROOT.glob("build/*") if path.name not in kept]
     caches = [*ROOT.glob("__pycache__"), *ROOT.glob("[!.]*/__pycache__")]
     others = [ROOT / name for name in ("dist", ".pytest_cache", ".ruff_cache")]
     for path in [*build, *caches, *others]:

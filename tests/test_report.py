@@ -437,6 +437,16 @@ def test_bad_commands_get_one_sentence(project, arguments, said):
     assert not (project / "x").exists()
 
 
+def test_clean_keeps_what_took_hours(tmp_path, monkeypatch):
+    monkeypatch.setattr(make, "ROOT", tmp_path)
+    for name in ("runs", "trials", "report"):
+        (tmp_path / "build" / name).mkdir(parents=True)
+    (tmp_path / "dist").mkdir()
+    make.clean()
+    left = sorted(path.name for path in tmp_path.rglob("*"))
+    assert left == ["build", "runs", "trials"]
+
+
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 def test_make_hands_values_on_as_they_were_typed(project):
     def refused(*arguments):
