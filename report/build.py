@@ -7,16 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
+import nbformat
 from torchvision.datasets import CIFAR10
 
 import vision_transformer
 from attention import choose_device
-from report import notebooks
+from report import notebooks, pairs
 from report.demo import DemoCIFAR10
 from report.identity import Student
 from report.pdf import make_pdf, use_system_fonts
 from training import (
-    ARCHIVE_MD5,
     HISTORY_NAME,
     PRESETS,
     RECORD,
@@ -24,14 +24,11 @@ from training import (
     checksum,
     describe,
     fetch,
-    finished,
-    is_present,
     read_history,
 )
 
-ATTENTION, TRANSFORMER = Path("attention.ipynb"), Path("vision_transformer.ipynb")
 BUILD = Path("build")
-DEMO = {"dataset": DemoCIFAR10.__name__, "batch_size": 32, "n_epochs": 3}
+DEMO = {"dataset": DemoCIFAR10.__name__, "batch_size": 32, "n_epochs": 2}
 RUN_CELL = """\
 # The run that this notebook shows
 BATCH_SIZE, LR, N_EPOCHS, SEED = {batch_size}, {lr!r}, {n_epochs}, {seed}
@@ -43,6 +40,11 @@ from report.demo import DemoCIFAR10 as CIFAR10
 
 DATASET_CACHE_DIR = "build/demo"
 
+"""
+OTHER_RUN = """\
+**Another run is shown here than the one that the text reads.** The text was written for
+the recorded run of the exercise ({written_for}). The figures and tables show
+{shown}, and may contradict it.\
 """
 
 
@@ -78,9 +80,14 @@ class Submission:
         return self.history["dataset"] != CIFAR10.__name__
 
     @property
+    def pairs(self):
+        """Both scripts, each with the path of its notebook."""
+        return [(path, self.folder / f"{path.stem}.ipynb") for path in pairs.SCRIPTS]
+
+    @property
     def notebooks(self):
         """The paths of both notebooks."""
-        return self.folder / ATTENTION, self.folder / TRANSFORMER
+        return [notebook for _, notebook in self.pairs]
 
     @property
     def pdf(self):
@@ -89,52 +96,72 @@ class Submission:
         return folder / f"{'DEMO-' * self.demo}{self.student.stem}.pdf"
 
 
-def store_notebooks(submission, needs_data=True):
+def store_notebooks(submission, keep=None, needs_data=True):
     """Execute the notebooks, neither of which trains, and store them: all or none.
 
-    Without the data set, good outputs of the Vision Transformer would be lost. So they
-    are kept or, if it ``needs_data``, all is refused. Returns what is executed.
+    Edited ones go into their scripts first, see ``pairs.bring_together``. Without the
+    data set, good outputs of the Vision Transformer would be lost. So they are kept or,
+    if it ``needs_data``, all is refused.
     """
-    executed = {ATTENTION: _execute(submission, ATTENTION)}
+    for script, notebook in submission.pairs:
+        pairs.bring_together(script, notebook, keep)
+    (attention, stored), (transformer, last_stored) = submission.pairs
+    before = {path: checksum(path) for path in submission.notebooks}
+    executed = {stored: _execute(submission, attention)}
     try:
         if not submission.demo:
             fetch(CIFAR10, "data")
     except UserError as error:
-        stored = submission.notebooks[1]
-        if needs_data or not stored.is_file():
+        if needs_data or not last_stored.is_file():
             raise
-        print(f"{error}\n\nSo {stored} is taken with the outputs it has.")
+        print(f"{error}\n\nSo {last_stored} is taken with the outputs it has.")
     else:
-        executed[TRANSFORMER] = _execute(submission, TRANSFORMER)
-    for name, notebook in executed.items():
-        notebooks.store(notebook, submission.folder / name)
-    return list(executed)
+        executed[last_stored] = _execute(submission, transformer)
+    for path in executed:
+        if checksum(path) != before[path]:
+            raise UserError(
+                f"{path} was saved while it was executed, and is left as it is: type "
+                "the same again"
+            )
+    for path, notebook in executed.items():
+        notebooks.store(notebook, path)
 
 
-def report(submission):
+def report(submission, keep=None):
     """Execute the notebooks, as far as there are data, and make the PDF."""
     use_system_fonts(submission.student)  # a name that cannot be printed: refused now
-    live = store_notebooks(submission, needs_data=False)
+    store_notebooks(submission, keep, needs_data=False)
     with _announced(f"Making {submission.pdf.as_posix()}"):
-        make_pdf(submission, _provenance(submission, live))
+        make_pdf(submission)
     if submission.student.is_placeholder:
         print("It is a DRAFT: fill in report/student.toml, or give SURNAME= and")
         print("MATRICULATION=, to get one that can be handed in.")
 
 
-def _execute(submission, name):
-    """Return one of the notebooks, executed, with the run that is shown."""
-    notebook = notebooks.read_script(name.with_suffix(".py"))
-    if name == TRANSFORMER and submission.folder != Path():
-        record = submission.run.as_posix()
-        cell = RUN_CELL.format(record=record, **submission.history)
-        notebooks.inject(notebook, DEMO_CELL * submission.demo + cell)
-    with _announced(f"Executing {name}"):
-        notebooks.execute(notebook, name)
-    if name == TRANSFORMER:
-        shown = checksum(submission.run / HISTORY_NAME)
-        notebook.metadata["provenance"]["record"] = shown
+def _execute(submission, script):
+    """Return the notebook of a script, executed, with the run that is shown."""
+    notebook = notebooks.read_script(script)
+    facts = {"source": pairs.source_of(notebook), "code": pairs.code()}
+    if script == pairs.SCRIPTS[1]:
+        facts["record"] = checksum(submission.run / HISTORY_NAME)
+        if submission.folder != Path():
+            _inject_run(notebook, submission)
+    with _announced(f"Executing {script.stem}.ipynb"):
+        notebooks.execute(notebook, f"{script.stem}.ipynb")
+    notebook.metadata["provenance"].update(facts)
     return notebook
+
+
+def _inject_run(notebook, submission):
+    """Let a notebook show the run, and say that its text reads another."""
+    source = RUN_CELL.format(record=submission.run.as_posix(), **submission.history)
+    cell = nbformat.v4.new_code_cell(DEMO_CELL * submission.demo + source)
+    notebooks.inject(notebook, cell, lambda c: "switch" in c.metadata.get("tags", []))
+    text = OTHER_RUN.format(
+        written_for=describe(PRESETS["default"]), shown=describe(submission.history)
+    )
+    cell = nbformat.v4.new_markdown_cell(text)
+    notebooks.inject(notebook, cell, lambda c: c.source.startswith("## Plots"))
 
 
 def demo(student):
@@ -149,38 +176,6 @@ def demo(student):
             folder=folder,
         )
     report(Submission.of(folder, student))
-
-
-def _provenance(submission, live):
-    """Return the rows of the first page on what was executed, where and when."""
-    rows = []
-    for path in submission.notebooks:
-        is_live = Path(path.name) in live
-        how = "executed live" if is_live else "outputs as recorded"
-        facts = notebooks.read_notebook(path).metadata.get("provenance")
-        if facts:
-            how += (
-                f" on {facts['executed']}: {facts['system']}, Python "
-                f"{facts['python']}, torch {facts['torch']}"
-            )
-        if not is_live and notebooks.differences(path.with_suffix(".py").name, path):
-            how += f"; {path.stem}.py was edited since"
-        rows.append([path.name, how])
-    history = submission.history
-    data = "not at hand when the report was made"
-    if submission.demo:
-        data = "generated images, see report/demo.py"
-    elif is_present(CIFAR10, "data"):
-        data = f"CIFAR-10, all files intact; MD5 of the archive: {ARCHIVE_MD5}"
-    return [
-        *rows,
-        [
-            "training",
-            f"{describe(history)}: {finished(history)}, {history['machine']}, torch "
-            f"{history['versions']['torch']}",
-        ],
-        ["data set", data],
-    ]
 
 
 @contextlib.contextmanager

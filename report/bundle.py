@@ -10,11 +10,11 @@ from io import BytesIO
 from pathlib import Path, PurePosixPath
 
 from report.identity import tomllib
-from report.notebooks import differences, read_notebook
-from report.pdf import DEMO_KEYWORD, DRAFT_KEYWORD, LISTINGS, fingerprint, keywords
+from report.notebooks import read_notebook
+from report.pairs import SCRIPTS, bring_together, differences, not_executed
+from report.pdf import LISTINGS, fingerprint, keywords, make_pdf
 from training import HISTORY_NAME, WEIGHTS_NAME, UserError, checksum, write_whole
 
-SCRIPTS = ("attention.py", "vision_transformer.py")
 DIST = Path("dist")
 TEST_SECONDS = 300
 FIXED_TIME = (1980, 1, 1, 0, 0, 0)  # two builds of the same content are the same file
@@ -42,21 +42,31 @@ VERIFY = {
 }
 
 
-def make_zip(submission, weights=True):
+def make_zip(submission, weights=True, keep=None):
     """Make ``dist/Surname-MatriculationNumber.zip``, test it as a grader would.
 
-    Whatever is missing, outdated, a draft or a demo is refused with ``UserError``, and
-    a ZIP made earlier is left as it is. Returns the path.
+    An edited notebook goes into its script first, see ``pairs.bring_together``, and a
+    PDF that lags behind is made again. What has to be executed or trained before is
+    refused with ``UserError``, and a ZIP made earlier is left as it is. Returns the
+    path.
     """
-    _check_pdf(submission)
-    for script, notebook in zip(SCRIPTS, submission.notebooks, strict=True):
+    if submission.demo:
+        raise UserError(
+            f"{submission.run} is a demo run, not trained on CIFAR-10, and cannot be "
+            "handed in: leave RUN= away, or name another"
+        )
+    if submission.student.is_placeholder:
+        raise UserError(
+            "the identity is still the placeholder: fill in report/student.toml, or "
+            "give SURNAME= and MATRICULATION="
+        )
+    for script, notebook in submission.pairs:
+        bring_together(script, notebook, keep)
         _check_notebook(script, notebook)
     _check_record(submission, weights)
     if fingerprint(submission) not in keywords(submission.pdf):
-        raise UserError(
-            f"{submission.pdf} is outdated, it was not made of the present notebooks, "
-            "record and identity: make it again with `make report`"
-        )
+        print(f"{submission.pdf.as_posix()} is not up to date: it is made again.")
+        make_pdf(submission)
     content = pack(_members(submission, weights))
     with tempfile.TemporaryDirectory() as temporary:
         # A name as graders' folders have them
@@ -70,24 +80,6 @@ def make_zip(submission, weights=True):
     return target
 
 
-def _check_pdf(submission):
-    pdf, found = submission.pdf, keywords(submission.pdf)
-    if submission.demo or DEMO_KEYWORD in found:
-        raise UserError(
-            f"{pdf} is a demo report, not trained on CIFAR-10, and cannot be handed "
-            "in: make the real one with `make report`"
-        )
-    if submission.student.is_placeholder:
-        raise UserError(
-            "the identity is still the placeholder: fill in report/student.toml, or "
-            "give SURNAME= and MATRICULATION="
-        )
-    if not pdf.is_file():
-        raise UserError(f"{pdf} is missing: make it with `make report`")
-    if DRAFT_KEYWORD in found:
-        raise UserError(f"{pdf} is a draft: make it again with `make report`")
-
-
 def _check_notebook(script, notebook):
     if not notebook.is_file():
         raise UserError(f"{notebook} is missing: make it with `make report`")
@@ -96,7 +88,13 @@ def _check_notebook(script, notebook):
         raise UserError(
             f"{notebook} does not match {script} ({found[0]}): run `make report`"
         )
-    for number, cell in enumerate(read_notebook(notebook).cells, 1):
+    book = read_notebook(notebook)
+    for number in not_executed(book, script):
+        raise UserError(
+            f"{notebook}, cell {number} was edited or cleared since it was executed: "
+            "run `make report`"
+        )
+    for number, cell in enumerate(book.cells, 1):
         if any(output.output_type == "error" for output in cell.get("outputs", [])):
             raise UserError(
                 f"{notebook} holds an error in cell {number}: run `make report`"
@@ -123,7 +121,8 @@ def _members(submission, weights):
     """Return what goes into the ZIP, as a dict from name to bytes."""
     record = [HISTORY_NAME, WEIGHTS_NAME] if weights else [HISTORY_NAME]
     files = [
-        *map(Path, (*SCRIPTS, *LISTINGS)),
+        *SCRIPTS,
+        *map(Path, LISTINGS),
         *submission.notebooks,
         submission.pdf,
         *(submission.run / name for name in record),
@@ -172,7 +171,7 @@ def _test_as_grader(content, folder):
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     for script in SCRIPTS:
         print(f"$ python {script}    (in the unpacked ZIP)", flush=True)
-        command = [sys.executable, script]
+        command = [sys.executable, str(script)]
         try:
             subprocess.run(
                 command, cwd=folder, env=environment, timeout=TEST_SECONDS, check=True

@@ -13,6 +13,8 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
+import urllib.request
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,9 +32,9 @@ OTHERS = {
     "demo": "everything live on generated images, below build/demo",
     "faults": "provoke all that can go wrong, as a table",
     "bench": "measure speed and memory beside other implementations",
-    "clean": "remove build/, dist/ and caches; never data, .venv or training runs",
+    "clean": "remove build/, dist/ and caches; never data, .venv, runs or copies",
 }
-OWN = ("report", "notebooks", "zip", "demo")  # not another program's
+OWN = ("report", "notebooks", "zip", "demo", "lab")  # not another program's alone
 NAMED = ("report", "zip", "demo")  # show a name
 ALL = ()
 # Which commands take an option, and what it is
@@ -45,15 +47,21 @@ OPTIONS = {
         "folder of the run to show, to store or to validate",
     ),
     "WEIGHTS": (("zip",), "WEIGHTS=0 leaves the recorded weights out"),
+    "KEEP": (
+        ("report", "zip", "notebooks", "lab"),
+        "notebook or script: which one stays, where both were edited",
+    ),
     "PRESET": (("train",), "default (50 epochs) or quick (fewer, smaller batches)"),
     "EPOCHS": (("train",), "another number of epochs"),
     "BATCH_SIZE": (("train",), "likewise"),
     "LR": (("train",), "likewise, the learning rate"),
     "SEED": (("train",), "likewise"),
-    "CPU": (ALL, "CPU=1 takes PyTorch without CUDA (matters on Linux only)"),
+    "CPU": (ALL, "CPU=1 takes PyTorch without CUDA, as on Linux without its driver"),
+    "CUDA": (ALL, "CUDA=1 takes it with CUDA; both matter on Linux only"),
     "VENV": (ALL, "folder of the environment, instead of .venv"),
 }
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+ANSWER_SECONDS = 5
 
 
 def fail(sentence):
@@ -81,42 +89,111 @@ def ensure_environment():
     stamp = folder / "requirements.sha256"
     requirements = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     wanted = hashlib.sha256(requirements.encode()).hexdigest()
-    cpu = os.environ.get("CPU") == "1"
-    # A Python that was upgraded leaves a broken environment behind
-    anew = not python.exists() or (cpu and has_cuda(python))
+    is_broken = not python.exists()  # perhaps a Python that was upgraded
     is_environment = python.exists() or (folder / "pyvenv.cfg").exists()
     if folder.exists() and any(folder.iterdir()) and not is_environment:
         fail(f"VENV={folder} holds something else: choose an empty folder")
     is_made = stamp.exists() and stamp.read_text(encoding="utf-8") == wanted
-    if is_made and not anew:
+    is_made = is_made and not is_broken
+    build = asked_build()
+    is_other = bool(build) and not is_broken and build_of(python) != build
+    if is_made and not is_other:
         return python
+    if not build and is_linux_pc() and not has_driver():
+        build = "cpu"
+    if build == "cpu" and not answers(f"{CPU_INDEX}/torch/"):
+        print(f"{CPU_INDEX} does not answer: PyTorch with CUDA is taken.")
+        build, is_other = "", False
+        if is_made:
+            return python
+    anew = is_broken or is_other
+
     print(f"Setting up {folder.name}: a few minutes, once.", flush=True)
     pip = [str(python), "-m", "pip", "--disable-pip-version-check", "install"]
-    set_up([sys.executable, "-m", "venv", *["--clear"] * anew, str(folder)])
-    set_up([*pip, "--upgrade", "pip>=25.1"])  # the first to know --group
-    if cpu:
+    set_up(
+        "an empty environment",
+        [sys.executable, "-m", "venv", *["--clear"] * anew, str(folder)],
+    )
+    set_up("pip", [*pip, "--upgrade", "pip>=25.1"])  # the first to know --group
+    pip += ["--progress-bar", "raw"]
+    if build == "cpu":
         torch = re.findall(r'"(torch(?:vision)?[<>=][^"]*)"', requirements)
-        set_up([*pip, "--index-url", CPU_INDEX, *torch])  # both from one index
-    set_up([*pip, "--group", "test"])
+        set_up(
+            "PyTorch without CUDA, which needs an NVIDIA driver (or give CUDA=1)",
+            [*pip, "--index-url", CPU_INDEX, *torch],  # both from one index
+        )
+    set_up(
+        "all other packages" if build == "cpu" else "all packages",
+        [*pip, "--group", "test"],
+    )
     stamp.write_text(wanted, encoding="utf-8")
     return python
 
 
-def has_cuda(python):
-    """Return whether the PyTorch of an environment was built with CUDA."""
-    question = "import torch; raise SystemExit(torch.version.cuda is None)"
+def is_linux_pc():
+    """Return whether PyTorch comes in two builds for this machine."""
+    return sys.platform == "linux" and platform.machine() == "x86_64"
+
+
+def has_driver():
+    """Return whether there is an NVIDIA driver."""
+    path = Path("/proc/driver/nvidia/version")
+    return path.exists() or shutil.which("nvidia-smi") is not None  # as in WSL
+
+
+def asked_build():
+    """Return the build of PyTorch that the user asked for: "cpu", "cuda" or ""."""
+    asked = [name for name in ("cpu", "cuda") if os.environ.get(name.upper()) == "1"]
+    if len(asked) > 1:
+        fail("CPU=1 and CUDA=1 exclude each other")
+    return asked[0] if asked and is_linux_pc() else ""
+
+
+def build_of(python):
+    """Return which build of PyTorch an environment holds: "cpu" or "cuda"."""
+    question = "from importlib.metadata import version; print(version('torch'))"
     command = [str(python), "-c", question]
-    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+    done = subprocess.run(command, capture_output=True, check=False)
+    return "cpu" if done.stdout.strip().endswith(b"+cpu") else "cuda"
 
 
-def set_up(command):
-    """Run one step of the set-up; of its output, show what is downloaded."""
+def answers(url):
+    """Return whether a server answers within seconds, whatever it waits for."""
+    replies = []
+
+    def ask():
+        with (
+            contextlib.suppress(OSError, ValueError),
+            urllib.request.urlopen(url, timeout=ANSWER_SECONDS) as reply,
+        ):
+            replies.append(reply.status)
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(ANSWER_SECONDS)
+    return bool(replies)
+
+
+def set_up(title, command):
+    """Run one step of the set-up, and show how far it is."""
+    print(f"  {title} ...", flush=True)
     with subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, encoding="utf-8", errors="replace"
     ) as process:
         for line in process.stdout:
-            if line.lstrip().startswith(("Downloading", "Installing")):
-                print(f"  {line.strip()[:76]}", flush=True)
+            package = re.search(
+                r"Downloading \S*?([\w.]+)-([\w.+]+)-\S+ \((.+ MB)\)", line
+            )
+            progress = re.match(r"Progress (\d+) of (\d+)", line)
+            if package:
+                print(
+                    f"    downloads {package[1]} {package[2]}, {package[3]}", flush=True
+                )
+            elif progress and sys.stdout.isatty():
+                share = int(progress[1]) / max(int(progress[2]), 1)
+                print(f"    {share:4.0%}", end="\r", flush=True)
+            elif line.startswith("Installing collected"):
+                print(f"    installs {line.count(',') + 1} packages", flush=True)
     if process.returncode:
         fail(
             f"The environment could not be made ({' '.join(command[1:4])} ... failed, "
@@ -152,14 +229,13 @@ def run_program(name):
             [python, "-m", "ruff", "format", "--check", "."],
             pytest,
         ],
-        "lab": [[python, "-m", "jupyter", "lab", "attention.ipynb"]],
         "train": [[python, "train.py", *options]],
         "verify": [[python, "train.py", "--verify", *options]],
         "faults": [[*pytest, "--quiet", "--faults", str(Path("build", "faults.json"))]],
         "bench": [[python, str(Path("bench", "speed.py"))]],
     }
     if name == "bench":  # needs more than the rest
-        set_up([python, "-m", "pip", "install", "--group", "bench"])
+        set_up("the others", [python, "-m", "pip", "install", "--group", "bench"])
     for command in programs[name]:
         run(command)
 
@@ -168,32 +244,39 @@ def run_own(name):
     """Run a command of this folder; say what the user can put right in a sentence."""
     from training import RECORD, UserError
 
+    keep = os.environ.get("KEEP")
+    if keep not in (None, "notebook", "script"):
+        fail(f"KEEP={keep} is neither notebook nor script")
     try:
         from report import identity
 
         student = identity.read_student()  # refused before more is loaded
-        for note in student.notes:
+        for note in student.notes if name in NAMED else ():
             print(note)
 
-        from report import build, bundle
+        from report import build, bundle, pairs
 
         if name == "demo":
             build.demo(student)
             return
         shown = build.Submission.of(os.environ.get("RUN") or RECORD, student)
         if name == "report":
-            build.report(shown)
+            build.report(shown, keep)
         elif name == "notebooks":
-            build.store_notebooks(shown)
+            build.store_notebooks(shown, keep)
+        elif name == "zip":
+            bundle.make_zip(shown, os.environ.get("WEIGHTS") != "0", keep)
         else:
-            bundle.make_zip(shown, weights=os.environ.get("WEIGHTS") != "0")
+            for script, notebook in shown.pairs:
+                pairs.bring_together(script, notebook, keep)
+            run([sys.executable, "-m", "jupyter", "lab", "attention.ipynb"])
     except UserError as error:
         fail(error)
 
 
 def clean():
-    """Remove what can be made again; training runs took hours, and stay."""
-    kept = ("runs", "trials")
+    """Remove what can be made again: not training runs, nor copies of edited files."""
+    kept = ("runs", "trials", "kept")
     build = [path for path in ROOT.glob("build/*") if path.name not in kept]
     caches = [*ROOT.glob("__pycache__"), *ROOT.glob("[!.]*/__pycache__")]
     others = [ROOT / name for name in ("dist", ".pytest_cache", ".ruff_cache")]
@@ -250,7 +333,7 @@ def main(arguments):
         command = [str(ensure_environment()), str(Path(__file__).resolve())]
         run([*command, *arguments], child)
     elif name == "setup":
-        if os.environ.get("CPU") == "1" and has_cuda(sys.executable):
+        if asked_build() not in ("", build_of(sys.executable)):
             fail("an environment cannot replace itself: `deactivate` first")
         print(f"{environment_folder().name} is ready.")
     elif name in OWN:

@@ -8,6 +8,7 @@ import datetime
 import os
 import platform
 import re
+import warnings
 from pathlib import Path
 
 import jupytext
@@ -41,47 +42,22 @@ def read_script(path):
 
 
 def read_notebook(path):
-    """Read a stored notebook."""
+    """Read a stored notebook; cells that an editor left without an id get one."""
     try:
-        return nbformat.read(path, as_version=4)
-    except (OSError, ValueError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of cells without an id
+            notebook = nbformat.read(path, as_version=4)
+        return nbformat.validator.normalize(notebook)[1]
+    except (OSError, ValueError, nbformat.ValidationError) as error:
         reason = str(error).split("\n")[0][:80]
         raise UserError(f"{path} cannot be read as a notebook ({reason})") from error
 
 
-def differences(script, notebook):
-    """Compare the cells of a script and a stored notebook, by content.
-
-    Returns a list of sentences, empty when they agree. An injected cell is no
-    difference.
-    """
-
-    def content(cells):
-        tagged = [(cell, cell.metadata.get("tags", [])) for cell in cells]
-        return [
-            (cell.cell_type, cell.source.rstrip(), sorted(tags))
-            for cell, tags in tagged
-            if INJECTED not in tags
-        ]
-
-    expected = content(read_script(script).cells)
-    stored = content(read_notebook(notebook).cells)
-    found = [
-        f"cell {number} differs"
-        for number, (a, b) in enumerate(zip(expected, stored, strict=False), 1)
-        if a != b
-    ]
-    if len(expected) != len(stored):
-        found.append(f"{len(expected)} cells in the script, {len(stored)} stored")
-    return found
-
-
-def inject(notebook, source):
-    """Insert a code cell behind the one tagged ``switch``, in place."""
-    tags = [cell.metadata.get("tags", []) for cell in notebook.cells]
-    where = next(n for n, names in enumerate(tags, 1) if "switch" in names)
-    cell = nbformat.v4.new_code_cell(source, metadata={"tags": [INJECTED]})
-    cell["id"] = INJECTED
+def inject(notebook, cell, is_place):
+    """Insert a cell behind the first one of which ``is_place`` is true, in place."""
+    cell.metadata["tags"] = [INJECTED]
+    where = next(n for n, other in enumerate(notebook.cells, 1) if is_place(other))
+    cell["id"] = f"{INJECTED}-{where}"
     notebook.cells.insert(where, cell)
 
 

@@ -17,7 +17,7 @@ import typst
 from nbconvert import MarkdownExporter
 
 from report.notebooks import read_notebook
-from report.tables import FIGURE, TRIALS, points, trials
+from report.tables import FIGURE, TRIALS, origin, points, trials
 from training import HISTORY_NAME, QUICK_RECORD, UserError, write_whole
 
 HERE = Path(__file__).parent
@@ -76,18 +76,13 @@ def use_system_fonts(student):
     )
 
 
-def make_pdf(submission, provenance):
-    """Make the PDF of a ``Submission`` from its stored notebooks.
-
-    Args:
-        submission: says which notebooks, whose, of which run, and where the PDF goes.
-        provenance: pairs (what, how it came about), for the first page.
-    """
+def make_pdf(submission):
+    """Make the PDF of a ``Submission`` from its stored notebooks."""
     notebooks = [read_notebook(path) for path in submission.notebooks]
     tables = trials()
     labels = {f"figure-{number}" for book in notebooks for number in _drawn(book)}
     labels |= set(re.findall(r"\{#(table-\d+)\}", tables))
-    facts = _facts(submission, notebooks, provenance)
+    facts = _facts(submission, notebooks)
     system_fonts = use_system_fonts(submission.student)
     year, month, day = facts["date"]
     midnight = datetime.datetime(year, month, day, tzinfo=datetime.timezone.utc)
@@ -119,7 +114,7 @@ def make_pdf(submission, provenance):
     write_whole(submission.pdf, content)
 
 
-def _facts(submission, notebooks, provenance):
+def _facts(submission, notebooks):
     """Return what the template shows besides the notebooks."""
     who = submission.student
     kinds = [DEMO_KEYWORD] * submission.demo + [DRAFT_KEYWORD] * who.is_placeholder
@@ -133,7 +128,7 @@ def _facts(submission, notebooks, provenance):
         "demo": submission.demo,
         "date": [int(part) for part in latest.split("-")],
         "keywords": [*kinds, fingerprint(submission)],
-        "provenance": provenance,
+        "provenance": origin(submission),
         "points": points(notebooks, submission.history),
     }
 

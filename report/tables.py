@@ -1,11 +1,24 @@
-"""The tables of the PDF that are read from records: points, trials, seeds."""
+"""The tables of the PDF that are read from records: points, trials, seeds, origin."""
 
 import json
 import re
 import statistics
 from pathlib import Path
 
-from training import HISTORY_NAME, QUICK_RECORD, first_epoch_at, read_history
+from torchvision.datasets import CIFAR10
+
+from report.notebooks import read_notebook
+from report.pairs import edited_since
+from training import (
+    ARCHIVE_MD5,
+    HISTORY_NAME,
+    QUICK_RECORD,
+    describe,
+    finished,
+    first_epoch_at,
+    is_present,
+    read_history,
+)
 
 ROOT = Path(__file__).parent.parent
 TRIALS = ROOT / "bench" / "trials"
@@ -59,6 +72,33 @@ def points(notebooks, history):
         row = {"what": what, "points": number, "code": code, "proof": proof}
         rows.append({**row, "evidence": evidence})
     return rows
+
+
+def origin(submission):
+    """Return the rows of the first page on what was made where and when."""
+    rows = []
+    for path in submission.notebooks:
+        notebook = read_notebook(path)
+        facts = notebook.metadata.get("provenance", {})
+        how = "it is not known when it was executed"
+        if "executed" in facts:
+            how = (
+                f"executed on {facts['executed']}: {facts['system']}, Python "
+                f"{facts['python']}, torch {facts['torch']}"
+            )
+        edited = ", ".join(edited_since(notebook))
+        rows.append([path.name, how + f"; edited since: {edited}" * bool(edited)])
+    history = submission.history
+    data = "not at hand when the report was made"
+    if submission.demo:
+        data = "generated images, see report/demo.py"
+    elif is_present(CIFAR10, "data"):
+        data = f"CIFAR-10, all files intact; MD5 of the archive: {ARCHIVE_MD5}"
+    run = (
+        f"{describe(history)}: {finished(history)}, {history['machine']}, torch "
+        f"{history['versions']['torch']}"
+    )
+    return [*rows, ["training", run], ["data set", data]]
 
 
 def trials():

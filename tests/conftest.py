@@ -66,7 +66,6 @@ def workplace(tmp_path, monkeypatch):
 
 
 STUDENT = check_student("Müller-Lüdenscheidt", "Anna María", "12345678")
-PROVENANCE = [["attention.ipynb", "executed live"], ["data set", "not at hand"]]
 
 
 def copy_project(folder):
@@ -92,7 +91,7 @@ def reported(tmp_path_factory):
     folder = copy_project(tmp_path_factory.mktemp("reported") / "project")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        make_pdf(Submission.of(training.RECORD, STUDENT), PROVENANCE)
+        make_pdf(Submission.of(training.RECORD, STUDENT))
     return folder
 
 

@@ -727,7 +727,7 @@ def test_copies_compute_the_same(make, way):
     assert not torch.equal(other(x), module(x)), "no weights in common"
 
 
-COMPILERS = ["eager", "aot_eager", pytest.param("inductor", marks=slow)]
+COMPILERS = ["aot_eager", *(pytest.param(c, marks=slow) for c in ("eager", "inductor"))]
 
 
 @fault("numerics")

@@ -15,7 +15,7 @@ import nbformat
 import pytest
 from conftest import ROOT
 
-from report import notebooks
+from report import notebooks, pairs
 from training import UserError
 
 NAMES = ("attention", "vision_transformer")
@@ -23,7 +23,7 @@ NAMES = ("attention", "vision_transformer")
 
 @pytest.mark.parametrize("name", NAMES)
 def test_script_and_notebook_hold_the_same_cells(name):
-    found = notebooks.differences(ROOT / f"{name}.py", ROOT / f"{name}.ipynb")
+    found = pairs.differences(ROOT / f"{name}.py", ROOT / f"{name}.ipynb")
     assert found == [], f"run `make report`, or `make notebooks`: {found}"
 
 
@@ -32,7 +32,7 @@ def test_drift_is_noticed(project):
         script = project / f"{name}.py"
         text = script.read_text(encoding="utf-8")
         script.write_text(text.replace("# ## Unit tests", "# ## Tests"), "utf-8")
-        assert notebooks.differences(script, project / f"{name}.ipynb")
+        assert pairs.differences(script, project / f"{name}.ipynb")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -143,7 +143,7 @@ EXECUTE = """
 import sys
 sys.path.insert(0, {root!r})
 import nbformat
-from report import notebooks
+from report import notebooks, pairs
 cells = [nbformat.v4.new_code_cell(source) for source in {sources!r}]
 notebooks.execute(nbformat.v4.new_notebook(cells=cells), "x.ipynb", timeout=60)
 """
@@ -177,16 +177,16 @@ def test_a_fault_of_nbclient_is_not_taken_for_ctrl_c(monkeypatch):
         notebooks.execute(notebook_of("1"), "x.ipynb", timeout=60)
 
 
-def test_an_injected_cell_follows_the_switch_and_is_no_difference(tmp_path):
+def test_an_injected_cell_stands_in_its_place_and_is_no_difference(tmp_path):
     script = ROOT / "vision_transformer.py"
     notebook = notebooks.read_script(script)
-    notebooks.inject(notebook, "BATCH_SIZE = 64")
-    tags = [cell.metadata.get("tags", []) for cell in notebook.cells]
-    where = next(n for n, names in enumerate(tags) if "injected-parameters" in names)
-    assert "switch" in tags[where - 1]
-    assert "parameters" in tags[where - 2]
+    for kind, place in (("code", "## Unit tests"), ("markdown", "## Plots")):
+        cell = getattr(nbformat.v4, f"new_{kind}_cell")("x = 1")
+        notebooks.inject(notebook, cell, lambda c, p=place: c.source.startswith(p))
+        where = notebook.cells.index(cell)
+        assert notebook.cells[where - 1].source.startswith(place)
     notebooks.store(notebook, tmp_path / "x.ipynb")
-    assert notebooks.differences(script, tmp_path / "x.ipynb") == []
+    assert pairs.differences(script, tmp_path / "x.ipynb") == []
 
 
 def test_a_figure_drawn_again_gives_the_same_bytes():

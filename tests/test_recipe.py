@@ -193,6 +193,8 @@ def test_training_works_where_workers_are_spawned(workplace):
                 )
                 cpu = torch.device("cpu")
                 loaders = vision_transformer.make_loaders("data", 16)
+                for loader in loaders:
+                    loader.num_workers = 1  # each of them loads torch anew
                 run = training.Run({{"seed": 0}})
                 history = vision_transformer.train(
                     model, *loaders, 1e-3, 1, cpu, run
@@ -237,10 +239,11 @@ def test_channel_statistics_are_the_constants_of_the_recipe():
 def test_a_few_real_steps_lower_the_loss(workplace):
     torch.manual_seed(0)
     model = vision_transformer.VisionTransformer()
-    loader, val_loader = vision_transformer.make_loaders(DATA, batch_size=64)
-    batches = [batch for _, batch in zip(range(20), loader, strict=False)]
-    some = DataLoader(torch.utils.data.Subset(val_loader.dataset, range(100)), 100)
+    loader, val_loader = vision_transformer.make_loaders(DATA, batch_size=32)
+    loader.num_workers = 0
+    batches = [batch for _, batch in zip(range(12), loader, strict=False)]
+    some = DataLoader(torch.utils.data.Subset(val_loader.dataset, range(50)), 50)
     run = training.Run({"seed": 0})
     history = vision_transformer.train(model, batches, some, 3e-4, 1, CPU, run)
     losses = history["train_losses"]
-    assert sum(losses[-5:]) / 5 < sum(losses[:5]) / 5 - 0.1
+    assert sum(losses[-4:]) / 4 < sum(losses[:4]) / 4 - 0.1

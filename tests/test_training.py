@@ -105,11 +105,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def server(monkeypatch):
     monkeypatch.setattr(training, "ARCHIVE_MD5", hashlib.md5(ARCHIVE).hexdigest())
-    monkeypatch.setattr(training, "WATCH_SECONDS", 1)
+    monkeypatch.setattr(training, "WATCH_SECONDS", WATCH_SECONDS)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
         running.stop = threading.Event()
         running.daemon_threads = True
-        threading.Thread(target=running.serve_forever, daemon=True).start()
+        threading.Thread(target=running.serve_forever, args=[0.02], daemon=True).start()
         yield lambda manner: f"http://127.0.0.1:{running.server_port}/{manner}"
         running.stop.set()
         running.shutdown()
@@ -121,6 +121,7 @@ def only_files(folder):
     )
 
 
+WATCH_SECONDS = 0.5  # instead of 10
 GOOD = ["cifar-10-batches-py/data_batch_1", training.ARCHIVE_NAME]
 
 
@@ -171,8 +172,8 @@ def test_dead_sources_cost_no_more_than_they_are_watched(server, tmp_path):
     start = time.monotonic()
     with pytest.raises(UserError):
         training.fetch(TinyCIFAR10, tmp_path, [server(manner) for manner in manners])
-    # Each costs WATCH_SECONDS, here 1, and the grain of the watch
-    assert time.monotonic() - start < len(manners) * 2
+    # Each costs WATCH_SECONDS and the grain of the watch
+    assert time.monotonic() - start < len(manners) * (WATCH_SECONDS + 1)
     assert only_files(tmp_path) == []
 
 

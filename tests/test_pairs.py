@@ -1,0 +1,366 @@
+"""Scripts and notebooks edited on either side: nothing that was written is lost."""
+
+import json
+import random
+import re
+import shutil
+from pathlib import Path
+
+import jupytext
+import nbformat
+import pytest
+from conftest import ROOT, STUDENT
+
+import training
+from report import build, bundle, notebooks, pairs
+from report.build import Submission
+from training import UserError
+
+SCRIPT, NOTEBOOK = Path("attention.py"), Path("attention.ipynb")
+fault = pytest.mark.fault("edited script or notebook")
+
+
+@pytest.fixture(scope="module")
+def light(tmp_path_factory):
+    """A copy of what the commands read, with one short output in each code cell."""
+    folder = tmp_path_factory.mktemp("light") / "project"
+    (folder / training.RECORD).mkdir(parents=True)
+    shutil.copy(
+        ROOT / training.RECORD / training.HISTORY_NAME, folder / training.RECORD
+    )
+    for pattern in ("*.py", "*.toml", "*.ipynb"):
+        for path in ROOT.glob(pattern):
+            shutil.copy(path, folder)
+    for path in folder.glob("*.ipynb"):
+        notebook = nbformat.read(path, as_version=4)
+        for cell in notebook.cells:
+            if cell.cell_type == "code":
+                cell.outputs = [nbformat.v4.new_output("stream", text="as executed")]
+        nbformat.write(notebook, path)
+    return folder
+
+
+@pytest.fixture
+def edited(light, tmp_path, monkeypatch):
+    """A fresh copy of it as the working directory, with stand-ins for slow work."""
+    monkeypatch.chdir(shutil.copytree(light, tmp_path / "Übung 11 ä"))
+
+    def execute(notebook, name):
+        notebook.metadata["provenance"] = notebooks._provenance()
+        for cell in notebook.cells:
+            if cell.cell_type == "code":
+                cell.execution_count = 1
+
+    monkeypatch.setattr(notebooks, "execute", execute)
+    monkeypatch.setattr(build, "fetch", lambda *_: None)
+    monkeypatch.setattr(build, "use_system_fonts", lambda *_: False)
+    for module in (build, bundle):
+        monkeypatch.setattr(module, "make_pdf", lambda s: s.pdf.write_bytes(b"a PDF"))
+    monkeypatch.setattr(bundle, "_test_as_grader", lambda *_: None)
+
+
+def submission():
+    return Submission.of(training.RECORD, STUDENT)
+
+
+COMMANDS = {
+    "report": lambda keep: build.report(submission(), keep),
+    "notebooks": lambda keep: build.store_notebooks(submission(), keep),
+    "zip": lambda keep: bundle.make_zip(submission(), weights=False, keep=keep),
+}
+
+
+def read(path):
+    return path.read_text(encoding="utf-8")
+
+
+def sources(path):
+    return [cell.source for cell in nbformat.read(path, as_version=4).cells]
+
+
+def texts_in(path):
+    """Return the texts of the cells, without the empty ones."""
+    return [text for _, text, _ in pairs.contents(jupytext.read(path))]
+
+
+def tags_of(path, text):
+    for cell in jupytext.read(path).cells:
+        if text in cell.source:
+            return cell.metadata.get("tags", [])
+    raise AssertionError(f"no cell with {text!r} in {path}")
+
+
+# --- Edits, as people make them ------------------------------------------------------
+
+
+def some_cell(cells, draw, kind):
+    return draw.choice([cell for cell in cells if cell.cell_type == kind])
+
+
+def new_cell(cells, draw, cell):
+    cells.insert(draw.randrange(1, len(cells) + 1), cell)
+
+
+def in_a_sentence(cells, draw, mark):
+    cell = some_cell(cells, draw, "markdown")
+    cell.source += f"\n\nA sentence, {mark}: $x^2$ and *äöü*."
+
+
+def in_a_heading(cells, draw, mark):
+    cell = draw.choice([cell for cell in cells if cell.source.startswith("## ")])
+    cell.source = cell.source.replace("## ", f"## {mark} ", 1)
+
+
+def in_code(cells, draw, mark):
+    some_cell(cells, draw, "code").source += f"\n# {mark}"
+
+
+def a_new_text(cells, draw, mark):
+    new_cell(cells, draw, nbformat.v4.new_markdown_cell(f"### {mark}\n\n- one\n- two"))
+
+
+def a_new_function(cells, draw, mark):
+    source = f'def helper(x):\n    """Say {mark}."""\n\n    return x'
+    new_cell(cells, draw, nbformat.v4.new_code_cell(source))
+
+
+def a_new_action(cells, draw, mark):
+    source = f'%matplotlib inline\nprint("{mark}")\n!ls'
+    new_cell(cells, draw, nbformat.v4.new_code_cell(source))
+
+
+def deleted(cells, draw, mark):
+    cells.remove(draw.choice(cells[1:]))
+    in_a_sentence(cells, draw, mark)
+
+
+def moved(cells, draw, mark):
+    cell = cells.pop(draw.randrange(1, len(cells)))
+    new_cell(cells, draw, cell)
+    in_a_sentence(cells, draw, mark)
+
+
+def rewritten(cells, draw, mark):
+    some_cell(cells, draw, "markdown").source = f"{mark}. All of this is new."
+
+
+def everywhere(cells, draw, mark):
+    for cell in cells:
+        cell.source += f"\n# {mark}" if cell.cell_type == "code" else f"\n{mark}"
+
+
+EDITS = [
+    in_a_sentence,
+    in_a_heading,
+    in_code,
+    a_new_text,
+    a_new_function,
+    a_new_action,
+    deleted,
+    moved,
+    rewritten,
+    everywhere,
+]
+
+
+def plain(notebook):
+    """As Jupyter without jupytext saves it."""
+
+
+def vs_code(notebook):
+    notebook.metadata["vscode"] = {"interpreter": {"hash": "0"}}
+    for cell in notebook.cells:
+        cell.pop("id", None)
+        cell.metadata["vscode"] = {"languageId": "python"}
+    notebook.nbformat_minor = 4
+
+
+def colab(notebook):
+    notebook.metadata["colab"] = {"provenance": [], "toc_visible": True}
+    for number, cell in enumerate(notebook.cells):
+        cell["id"] = f"other-{number}"
+        cell.metadata = {"id": f"x{number}", "colab": {"base_uri": "https://localhost"}}
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
+
+
+def a_later_format(notebook):
+    notebook.nbformat_minor = 9
+
+
+def with_windows_line_ends(notebook):
+    for cell in notebook.cells:
+        cell.source = cell.source.replace("\n", "\r\n")
+
+
+EDITORS = [plain, vs_code, colab, a_later_format, with_windows_line_ends]
+
+
+def edit_notebook(edit, draw, mark, editor=plain):
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    edit(notebook.cells, draw, mark)
+    editor(notebook)
+    text = json.dumps(notebook, indent=2, ensure_ascii=False)
+    end = "\r\n" if editor is with_windows_line_ends else "\n"
+    NOTEBOOK.write_text(text, encoding="utf-8", newline=end)
+
+
+def edit_script(edit, draw, mark, editor=plain):
+    notebook = jupytext.read(SCRIPT)
+    edit(notebook.cells, draw, mark)
+    text = jupytext.writes(notebook, fmt="py:percent")
+    SCRIPT.write_text(text, encoding="utf-8")
+
+
+def copies():
+    return [read(path) for path in pairs.KEPT.glob("*")] if pairs.KEPT.exists() else []
+
+
+def run(command, keep=None):
+    """Run a command; return whether it had something to refuse."""
+    try:
+        COMMANDS[command](keep)
+    except UserError as error:
+        assert "make report" in str(error) or "KEEP=" in str(error)
+        return True
+    return False
+
+
+FEW = [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 5))]
+
+
+@fault
+@pytest.mark.parametrize("seed", FEW)
+@pytest.mark.parametrize("side", [edit_notebook, edit_script])
+@pytest.mark.parametrize("edit", EDITS)
+def test_no_edit_is_lost(edited, edit, side, seed):
+    draw, mark = random.Random(seed), "edited by me"
+    side(edit, draw, mark, EDITORS[seed])
+    written = texts_in(NOTEBOOK if side is edit_notebook else SCRIPT)
+    command = draw.choice(list(COMMANDS))
+    was_refused = run(command)
+    assert not was_refused or command == "zip"
+    assert mark in "".join(written)
+    assert texts_in(SCRIPT) == written
+    assert texts_in(NOTEBOOK) == written or (was_refused and side is edit_script)
+    assert copies() == []
+
+
+@fault
+@pytest.mark.parametrize("keep", ["notebook", "script"])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_where_both_were_edited_one_is_chosen_and_the_other_kept(edited, command, keep):
+    edit_notebook(in_a_sentence, random.Random(0), "mine in the notebook")
+    edit_script(in_a_sentence, random.Random(1), "mine in the script")
+    before = NOTEBOOK.read_bytes(), SCRIPT.read_bytes()
+    with pytest.raises(UserError, match=r"cell \d+ of attention.*KEEP=notebook"):
+        COMMANDS[command](None)
+    assert (NOTEBOOK.read_bytes(), SCRIPT.read_bytes()) == before
+    was_refused = run(command, keep)
+    assert was_refused == (command == "zip" and keep == "script")
+    [copy] = copies()
+    assert ("mine in the notebook" in copy) == (keep == "script")
+    assert ("mine in the script" in copy) == (keep == "notebook")
+    assert (f"mine in the {keep}") in read(SCRIPT)
+    assert was_refused or f"mine in the {keep}" in str(sources(NOTEBOOK))
+
+
+@fault
+def test_a_notebook_whose_checksum_is_gone_is_not_judged(edited):
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    del notebook.metadata["provenance"]
+    nbformat.write(notebook, NOTEBOOK)
+    pairs.bring_together(SCRIPT, NOTEBOOK)  # they agree: nothing to decide
+    edit_notebook(in_a_sentence, random.Random(0), "mine")
+    pairs.bring_together(SCRIPT, NOTEBOOK)
+    assert "mine" in read(SCRIPT)
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    del notebook.metadata["provenance"]
+    notebook.cells[0].source += "\n\nMine, too."
+    nbformat.write(notebook, NOTEBOOK)
+    with pytest.raises(UserError, match="KEEP=script"):
+        pairs.bring_together(SCRIPT, NOTEBOOK)
+
+
+@fault
+@pytest.mark.parametrize("content", [b"", b"{", b"{}", b"<<<<<<< HEAD\n", b"\xff"])
+def test_what_is_no_notebook_is_left_as_it_is(edited, content):
+    NOTEBOOK.write_bytes(content)
+    for command in COMMANDS.values():
+        with pytest.raises(UserError, match="cannot be read as a notebook"):
+            command(None)
+    assert NOTEBOOK.read_bytes() == content
+    COMMANDS["notebooks"]("script")
+    [copy] = pairs.KEPT.iterdir()
+    assert copy.read_bytes() == content
+    assert pairs.differences(SCRIPT, NOTEBOOK) == []
+
+
+@fault
+def test_tags_come_from_the_script_and_importing_still_only_defines(edited):
+    draw = random.Random(0)
+    for edit in (a_new_function, a_new_action, in_code):
+        edit_notebook(edit, draw, edit.__name__, colab)
+        pairs.bring_together(SCRIPT, NOTEBOOK)
+    assert tags_of(SCRIPT, "a_new_function") == []
+    assert tags_of(SCRIPT, "a_new_action") == ["active-ipynb"]
+    assert tags_of(SCRIPT, "**Figure 2.**") == ["caption"]
+    assert tags_of(NOTEBOOK, "**Figure 2.**") == ["caption"]
+    text = read(SCRIPT)
+    assert "\ndef helper(x):\n" in text
+    assert '\n# print("a_new_action")\n' in text
+    assert "colab" not in text
+    scope = {"__name__": "attention"}
+    exec(compile(text, "attention.py", "exec"), scope)
+    assert scope["helper"](1) == 1
+
+
+@fault
+def test_an_edit_while_the_notebooks_are_executed_is_not_overwritten(
+    edited, monkeypatch
+):
+    execute = notebooks.execute
+
+    def slowly(notebook, name):
+        execute(notebook, name)
+        if name == NOTEBOOK.name:
+            edit_notebook(in_a_sentence, random.Random(0), "in the meantime")
+
+    monkeypatch.setattr(notebooks, "execute", slowly)
+    with pytest.raises(UserError, match="was saved while it was executed"):
+        COMMANDS["report"](None)
+    assert "in the meantime" in str(sources(NOTEBOOK))
+
+
+@fault
+@pytest.mark.parametrize(
+    ("source", "attachments", "said"),
+    [
+        ("![x](attachment:x.png)", {"x.png": {"image/png": ""}}, "a pasted picture"),
+        ("s = '\u2028'", None, "cannot be written as part"),
+    ],
+)
+def test_what_a_script_cannot_hold_is_refused(edited, source, attachments, said):
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    kind = "markdown" if attachments else "code"
+    cell = getattr(nbformat.v4, f"new_{kind}_cell")(source)
+    if attachments:
+        cell["attachments"] = attachments
+    notebook.cells.append(cell)
+    nbformat.write(notebook, NOTEBOOK)
+    before = NOTEBOOK.read_bytes(), SCRIPT.read_bytes()
+    with pytest.raises(UserError, match=said):
+        COMMANDS["report"](None)
+    assert (NOTEBOOK.read_bytes(), SCRIPT.read_bytes()) == before
+
+
+def test_a_report_of_another_run_says_so_once(edited):
+    shutil.copytree(ROOT / training.QUICK_RECORD, "mine")
+    build.store_notebooks(Submission.of("mine", STUDENT))
+    cells = nbformat.read(Path("build/mine/vision_transformer.ipynb"), 4).cells
+    [number] = [n for n, c in enumerate(cells) if "Another run is shown" in c.source]
+    assert cells[number - 1].source.startswith("## Plots")
+    assert re.search(r"batch size 128.*\n.*batch size 64", cells[number].source)
+    assert all(
+        "Another run" not in text for text in sources("vision_transformer.ipynb")
+    )
