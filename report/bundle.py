@@ -20,25 +20,22 @@ TEST_SECONDS = 300
 FIXED_TIME = (1980, 1, 1, 0, 0, 0)  # two builds of the same content are the same file
 
 README = """\
-Exercise Sheet 11: Transformers
+Exercise Sheet 11: Transformers. Page 1 of {stem}.pdf says where the points are.
 
-{stem}.pdf is the report. Its first page says where the points are.
-
-python attention.py             Task 1: prints "passed" and a figure for each unit test
-python vision_transformer.py    Task 2: likewise
+python attention.py              Task 1: prints "passed" for each unit test
+python vision_transformer.py     Task 2: likewise
 {verify}
+python train.py                  the training of the exercise, below build/runs
+jupyter lab                      the notebooks; run again, they train nothing
 
-The first two need Python 3.8 or newer, torch, torchvision and einops; all else needs
-Python 3.10 or newer and `pip install -r requirements.txt`. The notebooks are the same
-code with text and outputs; run again, they show the recorded run without training.
-
-To test the classes with the course's own cells, put both .py files beside its notebooks
-and import the classes in place of their cells: `from attention import SelfAttention2d`,
-`from vision_transformer import VisionTransformer` and so on.
+The first two need Python 3.8, torch, torchvision and einops; all else needs Python 3.10
+and `pip install -r requirements.txt`. To run the course's own cells with these classes,
+put both .py files beside its notebooks and import the classes in place of their cells:
+`from attention import SelfAttention2d`, `from vision_transformer import ...`.
 """
 VERIFY = {
-    True: "python train.py --verify        the recorded weights on the test images",
-    False: "The weights are left out; history.json holds what the training measured.",
+    True: "python train.py --verify         the recorded weights on the test images",
+    False: "history.json                     what was measured; weights are left out",
 }
 
 

@@ -12,7 +12,7 @@ from torchvision.datasets import VisionDataset
 ANGLES = (0, 22.5, 45, 67.5, 90)  # slope of the stripes, in degrees
 WIDTHS = {"narrow": 4, "wide": 8}  # period of the stripes, in pixels
 CLASSES = len(ANGLES) * len(WIDTHS)
-SIZES = {True: 640, False: 300}  # training and validation images
+SIZES = {True: 480, False: 200}  # training and validation images
 
 
 class DemoCIFAR10(VisionDataset):

@@ -140,8 +140,8 @@ def bring_together(script, notebook, keep=None):
                 "same again with KEEP=notebook or KEEP=script; the other one is copied "
                 f"into {KEPT.as_posix()} first"
             )
-        text = _script_with_cells(ours, theirs, notebook)
-        if was_edited[1]:
+        text, dropped = _script_with_cells(ours, theirs, notebook)
+        if was_edited[1] or dropped:
             _copy(script)
         write_whole(script, text.encode())
         print(f"{notebook} was edited: its cells are in {script} now, too.")
@@ -160,20 +160,22 @@ def _agree(script, notebook):
 def _copy(path):
     copy = KEPT / f"{path.stem}-{checksum(path)[:8]}{path.suffix}"
     write_whole(copy, path.read_bytes())
-    print(f"{path} gives way; as it was, it is {copy.as_posix()} now.")
+    print(f"{path} as it was is kept as {copy.as_posix()}.")
 
 
 def _script_with_cells(ours, theirs, notebook):
-    """Return the text of a script with the cells of a notebook.
+    """Return the text of a script with the cells of a notebook, and what that drops.
 
     Editors drop tags, so the cells of the notebook get those of the script back.
     """
     left, cells, origin = handwritten(ours), handwritten(theirs), {}
     for cutoff in (1.0, LIKE):  # first the cells that are as they were
         for number, cell in enumerate(cells):
+            if number in origin:
+                continue
             texts = {_text(c): c for c in left if c.cell_type == cell.cell_type}
             best = difflib.get_close_matches(_text(cell), texts, 1, cutoff)
-            if best and number not in origin:
+            if best:
                 origin[number] = texts[best[0]]
                 left.remove(origin[number])
     for number, cell in enumerate(cells):
@@ -202,7 +204,7 @@ def _script_with_cells(ours, theirs, notebook):
                 f"{notebook}, cell {number + 1} cannot be written as part of a script: "
                 "does it hold a line that begins with %%, or a control character?"
             )
-    return text
+    return text, left
 
 
 def _only_defines(cell):

@@ -136,6 +136,14 @@ def test_the_environment_comes_first(tmp_path):
         read_student(path, {"SURNAME": ""})
 
 
+def test_a_name_that_was_typed_is_offered_for_the_file(tmp_path):
+    path = tmp_path / "student.toml"
+    path.write_text('surname = "Meier"\nmatriculation_number = "1234567"\n', "utf-8")
+    assert read_student(path, {"SURNAME": "Meier"}).notes == ()
+    [note] = read_student(path, {"SURNAME": "Huber", "GIVEN_NAME": "Anna"}).notes
+    assert note.endswith('student.toml: surname = "Huber", given_name = "Anna"')
+
+
 def test_placeholders_are_known(tmp_path):
     missing = read_student(tmp_path / "none.toml", {})
     assert missing.is_placeholder

@@ -719,3 +719,14 @@ def test_another_run_is_shown_below_build(workplace):
     shutil.copytree(ROOT / training.RECORD, training.RECORD)
     assert shown().notebooks[0] == Path("attention.ipynb")
     assert shown().pdf == Path("report", f"{STUDENT.stem}.pdf")
+
+
+def test_lab_brings_edits_together_before_it_opens(project, command, monkeypatch):
+    notebook = nbformat.read("attention.ipynb", as_version=4)
+    notebook.cells[0].source += "\n\nMine."
+    nbformat.write(notebook, "attention.ipynb")
+    opened = []
+    monkeypatch.setattr(make, "run", lambda words: opened.append(words[-2:]))
+    command("lab")
+    assert opened == [["lab", "attention.ipynb"]]
+    assert "# Mine.\n" in (project / "attention.py").read_text(encoding="utf-8")
