@@ -764,9 +764,9 @@ def plot_attention_distance(model, predictions):
     ax.axhline(even.item(), linestyle=":", color=GREY, label="even attention")
     ax.set(xlabel="encoder block", ylabel="attention distance / pixels")
     ax.set(xticks=layers)
-    ax.margins(y=0.25)
+    ax.margins(y=0.1)
     ax.grid(alpha=0.3)
-    ax.legend(ncols=3, loc="upper left")
+    ax.legend(ncols=3, loc="lower left", bbox_to_anchor=(0, 1))  # above: hides no head
     return figure
 
 
