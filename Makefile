@@ -8,6 +8,8 @@ help:
 	@"$(PYTHON)" report/make.py
 $(TARGETS):
 	@"$(PYTHON)" report/make.py $@
+.DEFAULT:
+	@"$(PYTHON)" report/make.py $@
 
 # Values reach the command through the environment, as they were typed: make itself
 # would expand a dollar sign in them.

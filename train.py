@@ -31,14 +31,16 @@ def positive(kind):
 def parse_arguments(arguments=None):
     """Read the command line; see ``python train.py --help``."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--verify", action="store_true", help="train nothing")
+    parser.add_argument(
+        "--verify", action="store_true", help="validate a record, train nothing"
+    )
     parser.add_argument("--preset", choices=training.PRESETS, default="default")
     parser.add_argument("--batch-size", type=positive(int))
     parser.add_argument("--lr", type=positive(float))
     parser.add_argument("--epochs", type=positive(int), dest="n_epochs")
     parser.add_argument("--seed", type=int)
     parser.add_argument("--run", help="folder of the run, to store or to verify")
-    parser.add_argument("--cache-dir", default=vt.DATASET_CACHE_DIR)
+    parser.add_argument("--cache-dir", default=vt.DATASET_CACHE_DIR, help="of CIFAR-10")
     return parser.parse_args(arguments)
 
 

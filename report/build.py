@@ -10,11 +10,17 @@ from unittest import mock
 import nbformat
 from torchvision.datasets import CIFAR10
 
-import vision_transformer
-from attention import choose_device
-from report import notebooks, pairs
+from report import notebooks
 from report.demo import DemoCIFAR10
 from report.identity import Student
+from report.pairs import (
+    SCRIPTS,
+    all_checksum,
+    bring_together,
+    cells_checksum,
+    code_checksums,
+    keep_if_edited,
+)
 from report.pdf import make_pdf, use_system_fonts
 from training import (
     HISTORY_NAME,
@@ -30,18 +36,19 @@ from training import (
 BUILD = Path("build")
 DEMO = {"dataset": DemoCIFAR10.__name__, "batch_size": 32, "n_epochs": 2}
 RUN_CELL = """\
-# The run that this notebook shows
+# injected: the run that this notebook shows
 BATCH_SIZE, LR, N_EPOCHS, SEED = {batch_size}, {lr!r}, {n_epochs}, {seed}
 RECORD = {record!r}\
 """
 DEMO_CELL = """\
-# DEMO DATA, generated, instead of CIFAR-10: see report/demo.py
+# injected: DEMO DATA, generated, instead of CIFAR-10: see report/demo.py
 from report.demo import DemoCIFAR10 as CIFAR10
 
 DATASET_CACHE_DIR = "build/demo"
 
 """
 OTHER_RUN = """\
+<!-- injected -->
 **Another run is shown here than the one that the text reads.** The text was written for
 the recorded run of the exercise ({written_for}). The figures and tables show
 {shown}, and may contradict it.\
@@ -82,7 +89,7 @@ class Submission:
     @property
     def pairs(self):
         """Both scripts, each with the path of its notebook."""
-        return [(path, self.folder / f"{path.stem}.ipynb") for path in pairs.SCRIPTS]
+        return [(path, self.folder / f"{path.stem}.ipynb") for path in SCRIPTS]
 
     @property
     def notebooks(self):
@@ -99,12 +106,15 @@ class Submission:
 def store_notebooks(submission, keep=None, needs_data=True):
     """Execute the notebooks, neither of which trains, and store them: all or none.
 
-    Edited ones go into their scripts first, see ``pairs.bring_together``. Without the
+    What was edited is brought together first, see ``pairs.bring_together``. Without the
     data set, good outputs of the Vision Transformer would be lost. So they are kept or,
     if it ``needs_data``, all is refused.
     """
     for script, notebook in submission.pairs:
-        pairs.bring_together(script, notebook, keep)
+        if submission.folder != Path():
+            keep_if_edited(notebook)
+        if not submission.demo:
+            bring_together(script, notebook, keep)
     (attention, stored), (transformer, last_stored) = submission.pairs
     before = {path: checksum(path) for path in submission.notebooks}
     executed = {stored: _execute(submission, attention)}
@@ -141,13 +151,14 @@ def report(submission, keep=None):
 def _execute(submission, script):
     """Return the notebook of a script, executed, with the run that is shown."""
     notebook = notebooks.read_script(script)
-    facts = {"source": pairs.source_of(notebook), "code": pairs.code()}
-    if script == pairs.SCRIPTS[1]:
+    facts = {"source": cells_checksum(notebook), "code": code_checksums()}
+    if script == SCRIPTS[1]:
         facts["record"] = checksum(submission.run / HISTORY_NAME)
         if submission.folder != Path():
             _inject_run(notebook, submission)
     with _announced(f"Executing {script.stem}.ipynb"):
         notebooks.execute(notebook, f"{script.stem}.ipynb")
+    facts["all"] = all_checksum(notebook)
     notebook.metadata["provenance"].update(facts)
     return notebook
 
@@ -156,16 +167,19 @@ def _inject_run(notebook, submission):
     """Let a notebook show the run, and say that its text reads another."""
     source = RUN_CELL.format(record=submission.run.as_posix(), **submission.history)
     cell = nbformat.v4.new_code_cell(DEMO_CELL * submission.demo + source)
-    notebooks.inject(notebook, cell, lambda c: "switch" in c.metadata.get("tags", []))
+    notebooks.inject(notebook, cell, "RECORD = ")
     text = OTHER_RUN.format(
         written_for=describe(PRESETS["default"]), shown=describe(submission.history)
     )
     cell = nbformat.v4.new_markdown_cell(text)
-    notebooks.inject(notebook, cell, lambda c: c.source.startswith("## Plots"))
+    notebooks.inject(notebook, cell, "## Plots")
 
 
 def demo(student):
     """Train on generated images, and make notebooks and PDF that say so."""
+    import vision_transformer  # not above: a mistake in it must not stop all commands
+    from attention import choose_device
+
     folder = BUILD / "demo" / "run"
     shutil.rmtree(folder, ignore_errors=True)
     with mock.patch.object(vision_transformer, "CIFAR10", DemoCIFAR10):

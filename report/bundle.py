@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 
 from report.identity import tomllib
 from report.notebooks import read_notebook
-from report.pairs import SCRIPTS, bring_together, differences, not_executed
+from report.pairs import SCRIPTS, bring_together, first_not_executed, provenance
 from report.pdf import LISTINGS, fingerprint, keywords, make_pdf
 from training import HISTORY_NAME, WEIGHTS_NAME, UserError, checksum, write_whole
 
@@ -25,16 +25,17 @@ Exercise Sheet 11: Transformers. Page 1 of {stem}.pdf says where the points are.
 python attention.py              Task 1: prints "passed" for each unit test
 python vision_transformer.py     Task 2: likewise
 {verify}
-python train.py                  the training of the exercise, below build/runs
-jupyter lab                      the notebooks; run again, they train nothing
+python train.py                  the training of the exercise: hours without a GPU
+jupyter lab                      both notebooks; Run All shows the recorded run again
 
-The first two need Python 3.8, torch, torchvision and einops; all else needs Python 3.10
-and `pip install -r requirements.txt`. To run the course's own cells with these classes,
-put both .py files beside its notebooks and import the classes in place of their cells:
+The first two need Python 3.8 or newer, torch, torchvision and einops. All else needs
+Python 3.10 or newer, `pip install -r requirements.txt`, and CIFAR-10 in data/, which is
+fetched if it is missing. To run the course's own cells, put both .py files beside its
+notebooks and import the classes in place of their cells:
 `from attention import SelfAttention2d`, `from vision_transformer import ...`.
 """
 VERIFY = {
-    True: "python train.py --verify         the recorded weights on the test images",
+    True: "python train.py --verify         validates the recorded weights: minutes",
     False: "history.json                     what was measured; weights are left out",
 }
 
@@ -42,11 +43,32 @@ VERIFY = {
 def make_zip(submission, weights=True, keep=None):
     """Make ``dist/Surname-MatriculationNumber.zip``, test it as a grader would.
 
-    An edited notebook goes into its script first, see ``pairs.bring_together``, and a
-    PDF that lags behind is made again. What has to be executed or trained before is
-    refused with ``UserError``, and a ZIP made earlier is left as it is. Returns the
+    What was edited is brought together first, see ``pairs.bring_together``, and a PDF
+    that lags behind is made again. What has to be executed or trained before is refused
+    with ``UserError``, and a ZIP made earlier is left as it is. Only the modules that a
+    notebook imports may be newer, as without the data set; the PDF says so. Returns the
     path.
     """
+    target = DIST / f"{submission.student.stem}.zip"
+    try:
+        _make_ready(submission, weights, keep)
+    except UserError as error:
+        if target.is_file():
+            raise UserError(f"{error} ({target} is still that of before)") from error
+        raise
+    content = pack(_members(submission, weights))
+    with tempfile.TemporaryDirectory() as temporary:
+        # A name as graders' folders have them
+        _test_as_grader(content, Path(temporary, "Übung 11 ä"))
+    write_whole(target, content)
+    print(f"{target.as_posix()}: {len(content) / 1e6:.1f} MB, unpacked and tested.")
+    print("This is what to upload to Moodle, as it is.")
+    if weights:
+        print("Should Moodle refuse the size, WEIGHTS=0 leaves the weights out.")
+    return target
+
+
+def _make_ready(submission, weights, keep):
     if submission.demo:
         raise UserError(
             f"{submission.run} is a demo run, not trained on CIFAR-10, and cannot be "
@@ -64,32 +86,17 @@ def make_zip(submission, weights=True, keep=None):
     if fingerprint(submission) not in keywords(submission.pdf):
         print(f"{submission.pdf.as_posix()} is not up to date: it is made again.")
         make_pdf(submission)
-    content = pack(_members(submission, weights))
-    with tempfile.TemporaryDirectory() as temporary:
-        # A name as graders' folders have them
-        _test_as_grader(content, Path(temporary, "Übung 11 ä"))
-    target = DIST / f"{submission.student.stem}.zip"
-    write_whole(target, content)
-    print(f"{target.as_posix()}: {len(content) / 1e6:.1f} MB, unpacked and tested.")
-    print("This is what to upload to Moodle, as it is.")
-    if weights:
-        print("Should Moodle refuse the size, WEIGHTS=0 leaves the weights out.")
-    return target
 
 
 def _check_notebook(script, notebook):
     if not notebook.is_file():
         raise UserError(f"{notebook} is missing: make it with `make report`")
-    found = differences(script, notebook)
-    if found:
-        raise UserError(
-            f"{notebook} does not match {script} ({found[0]}): run `make report`"
-        )
     book = read_notebook(notebook)
-    for number in not_executed(book, script):
+    number = first_not_executed(book, script)
+    if number:
         raise UserError(
-            f"{notebook}, cell {number} was edited or cleared since it was executed: "
-            "run `make report`"
+            f"{notebook}, cell {number}: `make report` has not executed it as it is "
+            "now; run that first, then this again"
         )
     for number, cell in enumerate(book.cells, 1):
         if any(output.output_type == "error" for output in cell.get("outputs", [])):
@@ -100,7 +107,7 @@ def _check_notebook(script, notebook):
 
 def _check_record(submission, weights):
     notebook = submission.notebooks[1]
-    shown = read_notebook(notebook).metadata.get("provenance", {}).get("record")
+    shown = provenance(read_notebook(notebook)).get("record")
     if shown != checksum(submission.run / HISTORY_NAME):
         raise UserError(
             f"{notebook} does not show the run in {submission.run}: run `make report` "

@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import urllib.parse
 import urllib.request
 from pathlib import Path
 
@@ -60,6 +61,7 @@ OPTIONS = {
     "CUDA": (ALL, "CUDA=1 takes it with CUDA; both matter on Linux only"),
     "VENV": (ALL, "folder of the environment, instead of .venv"),
 }
+CHOICES = {"KEEP": ("notebook", "script"), "WEIGHTS": ("0", "1")}
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 ANSWER_SECONDS = 5
 
@@ -102,7 +104,8 @@ def ensure_environment():
     if not build and is_linux_pc() and not has_driver():
         build = "cpu"
     if build == "cpu" and not answers(f"{CPU_INDEX}/torch/"):
-        print(f"{CPU_INDEX} does not answer: PyTorch with CUDA is taken.")
+        print(f"{CPU_INDEX} does not answer.")
+        print("So PyTorch comes with CUDA: 5 GB more on the disk, and otherwise alike.")
         build, is_other = "", False
         if is_made:
             return python
@@ -163,7 +166,7 @@ def answers(url):
 
     def ask():
         with (
-            contextlib.suppress(OSError, ValueError),
+            contextlib.suppress(Exception),  # whatever a network or a proxy can do
             urllib.request.urlopen(url, timeout=ANSWER_SECONDS) as reply,
         ):
             replies.append(reply.status)
@@ -181,6 +184,7 @@ def set_up(title, command):
         command, cwd=ROOT, stdout=subprocess.PIPE, encoding="utf-8", errors="replace"
     ) as process:
         for line in process.stdout:
+            line = urllib.parse.unquote(line)  # 2.14.1%2Bcpu
             package = re.search(
                 r"Downloading \S*?([\w.]+)-([\w.+]+)-\S+ \((.+ MB)\)", line
             )
@@ -193,7 +197,8 @@ def set_up(title, command):
                 share = int(progress[1]) / max(int(progress[2]), 1)
                 print(f"    {share:4.0%}", end="\r", flush=True)
             elif line.startswith("Installing collected"):
-                print(f"    installs {line.count(',') + 1} packages", flush=True)
+                names = line.partition(":")[2].split(",")
+                print(f"    installs {len(names)} package(s)", flush=True)
     if process.returncode:
         fail(
             f"The environment could not be made ({' '.join(command[1:4])} ... failed, "
@@ -244,9 +249,7 @@ def run_own(name):
     """Run a command of this folder; say what the user can put right in a sentence."""
     from training import RECORD, UserError
 
-    keep = os.environ.get("KEEP")
-    if keep not in (None, "notebook", "script"):
-        fail(f"KEEP={keep} is neither notebook nor script")
+    keep, weights = os.environ.get("KEEP"), os.environ.get("WEIGHTS", "1")
     try:
         from report import identity
 
@@ -265,18 +268,20 @@ def run_own(name):
         elif name == "notebooks":
             build.store_notebooks(shown, keep)
         elif name == "zip":
-            bundle.make_zip(shown, os.environ.get("WEIGHTS") != "0", keep)
+            bundle.make_zip(shown, weights == "1", keep)
         else:
             for script, notebook in shown.pairs:
                 pairs.bring_together(script, notebook, keep)
+                os.utime(script)  # jupytext wants it to be the newer one
             run([sys.executable, "-m", "jupyter", "lab", "attention.ipynb"])
     except UserError as error:
         fail(error)
 
 
 def clean():
-    """Remove what can be made again: not training runs, nor copies of edited files."""
-    kept = ("runs", "trials", "kept")
+    """Remove what can be made again: no training runs, copies or notebooks of runs."""
+    kept = {"runs", "trials", "kept"}
+    kept |= {path.parent.name for path in ROOT.glob("build/*/*.ipynb")} - {"demo"}
     build = [path for path in ROOT.glob("build/*") if path.name not in kept]
     caches = [*ROOT.glob("__pycache__"), *ROOT.glob("[!.]*/__pycache__")]
     others = [ROOT / name for name in ("dist", ".pytest_cache", ".ruff_cache")]
@@ -323,6 +328,10 @@ def main(arguments):
     for option, (commands, _) in OPTIONS.items():
         if option in given and commands is not ALL and name not in commands:
             fail(f"{option} is no option of {name}, but of {', '.join(commands)}")
+    for option, choices in CHOICES.items():
+        if os.environ.get(option, choices[0]) not in choices:
+            value = f"{option}={os.environ[option]}"
+            fail(f"{value} is not one of {', '.join(choices)}")
     os.chdir(ROOT)
     is_inside = Path(sys.prefix).resolve() == environment_folder().resolve()
     if name == "clean":

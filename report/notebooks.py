@@ -23,6 +23,7 @@ from training import UserError, processor_name, write_whole
 KERNEL = "python3"
 CELL_SECONDS = 1200  # a cell that takes longer hangs: no cell trains
 INJECTED = "injected-parameters"  # papermill's name for it
+MARKS = ("# injected", "<!-- injected")  # what such a cell begins with: tags get lost
 ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 # For the kernel, so that the same figure is the same bytes: SVG without the time,
 # and with ids that are not random
@@ -34,7 +35,11 @@ PLOTTING = {
 
 def read_script(path):
     """Read a percent script as a notebook without outputs, always the same."""
-    notebook = jupytext.read(path, fmt="py:percent")
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error})") from error
+    notebook = jupytext.reads(text, fmt="py:percent")
     notebook.metadata["language_info"] = {"name": "python"}
     for number, cell in enumerate(notebook.cells, 1):
         cell["id"] = f"cell-{number:02d}"
@@ -47,18 +52,30 @@ def read_notebook(path):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of cells without an id
             notebook = nbformat.read(path, as_version=4)
-        return nbformat.validator.normalize(notebook)[1]
-    except (OSError, ValueError, nbformat.ValidationError) as error:
+            _, notebook = nbformat.validator.normalize(notebook)
+            nbformat.validate(notebook)
+        return notebook
+    except (
+        *(OSError, ValueError, nbformat.ValidationError),
+        *(AttributeError, KeyError, TypeError),  # of what is JSON, but no notebook
+    ) as error:
         reason = str(error).split("\n")[0][:80]
         raise UserError(f"{path} cannot be read as a notebook ({reason})") from error
 
 
-def inject(notebook, cell, is_place):
-    """Insert a cell behind the first one of which ``is_place`` is true, in place."""
+def is_injected(cell):
+    """Return whether a cell was inserted by ``inject``."""
+    return INJECTED in cell.metadata.get("tags", []) or cell.source.startswith(MARKS)
+
+
+def inject(notebook, cell, place):
+    """Insert a cell behind the first one that ``place`` stands in, in place."""
     cell.metadata["tags"] = [INJECTED]
-    where = next(n for n, other in enumerate(notebook.cells, 1) if is_place(other))
-    cell["id"] = f"{INJECTED}-{where}"
-    notebook.cells.insert(where, cell)
+    numbers = [n for n, other in enumerate(notebook.cells, 1) if place in other.source]
+    if not numbers:
+        raise UserError(f"a cell with {place!r} is missing: restore it")
+    cell["id"] = f"{INJECTED}-{numbers[0]}"
+    notebook.cells.insert(numbers[0], cell)
 
 
 def execute(notebook, name, timeout=CELL_SECONDS):

@@ -12,11 +12,12 @@ from pathlib import Path
 
 import jupytext
 
-from report.notebooks import INJECTED, read_notebook, read_script, store
+from report.notebooks import is_injected, read_notebook, read_script, store
 from training import UserError, checksum, write_whole
 
 SCRIPTS = (Path("attention.py"), Path("vision_transformer.py"))
 LIBRARIES = (Path("figures.py"), Path("training.py"))  # which the notebooks import
+SIDES = ("notebook", "script")
 KEPT = Path("build", "kept")  # copies of what had to give way
 NOTEBOOK_ONLY = "active-ipynb"  # the tag of cells that are comments in the script
 LIKE = 0.6  # how alike an edited cell and the one that it was have to be
@@ -33,23 +34,24 @@ DEFINITIONS = (
 
 
 def handwritten(notebook):
-    """Return the cells that somebody wrote: not empty, and not injected."""
+    """Return number and cell of all cells that somebody wrote."""
     return [
-        cell
-        for cell in notebook.cells
-        if cell.source.strip() and INJECTED not in cell.metadata.get("tags", [])
+        (number, cell)
+        for number, cell in enumerate(notebook.cells, 1)
+        if cell.source.strip() and not is_injected(cell)
     ]
 
 
 def contents(notebook):
     """Return type, text and tags of every handwritten cell."""
     return [
-        [cell.cell_type, _text(cell), sorted(cell.metadata.get("tags", []))]
-        for cell in handwritten(notebook)
+        [cell.cell_type, text_of(cell), sorted(cell.metadata.get("tags", []))]
+        for _, cell in handwritten(notebook)
     ]
 
 
-def _text(cell):
+def text_of(cell):
+    """Return the source of a cell without what no reader sees."""
     lines = cell.source.replace("\r\n", "\n").split("\n")
     return "\n".join(line.rstrip() for line in lines).strip("\n")
 
@@ -64,26 +66,30 @@ def differences(script, notebook):
 
     Returns where they differ, in words; an empty list when they agree.
     """
-    ours, theirs = contents(read_script(script)), contents(read_notebook(notebook))
-    matcher = difflib.SequenceMatcher(
-        None, [*map(digest, ours)], [*map(digest, theirs)], autojunk=False
-    )
+    books = read_script(script), read_notebook(notebook)
+    names = Path(script).name, Path(notebook).name
+    numbers = [[number for number, _ in handwritten(book)] for book in books]
+    ours, theirs = ([*map(digest, contents(book))] for book in books)
+    matcher = difflib.SequenceMatcher(None, ours, theirs, autojunk=False)
     found = []
-    for kind, start, end, their_start, their_end in matcher.get_opcodes():
-        name, places = Path(notebook).name, range(their_start + 1, their_end + 1)
-        if kind == "delete":
-            name, places = Path(script).name, range(start + 1, end + 1)
+    for kind, i, j, k, m in matcher.get_opcodes():
+        which, part = (0, slice(i, j)) if kind == "delete" else (1, slice(k, m))
         if kind != "equal":
-            found += [f"cell {number} of {name}" for number in places]
+            found += [f"cell {n} of {names[which]}" for n in numbers[which][part]]
     return found
 
 
-def source_of(notebook):
+def cells_checksum(notebook):
     """Return the checksum of all that is compared."""
     return digest(contents(notebook))
 
 
-def code():
+def all_checksum(notebook):
+    """Return the checksum of the texts of all cells, injected ones included."""
+    return digest([text_of(cell) for cell in notebook.cells])
+
+
+def code_checksums():
     """Return checksums of the code here, by file; of a script, one for each cell."""
     found = {path.name: [checksum(path)] for path in LIBRARIES}
     for path in SCRIPTS:
@@ -92,47 +98,66 @@ def code():
     return found
 
 
+def provenance(notebook):
+    """Return what a notebook remembers of its making, a dict, perhaps empty."""
+    found = notebook.metadata.get("provenance")
+    return found if isinstance(found, dict) else {}
+
+
 def edited_since(notebook):
     """Return the files of which the code was edited since a notebook was executed."""
-    then = notebook.metadata.get("provenance", {}).get("code", {})
-    return [name for name, now in code().items() if now != then.get(name)]
-
-
-def not_executed(notebook, script):
-    """Return the numbers of the code cells that were edited or cleared since."""
-    then = notebook.metadata.get("provenance", {}).get("code", {}).get(script.name, [])
+    then = provenance(notebook).get("code", {})
     return [
-        number
-        for number, cell in enumerate(notebook.cells, 1)
-        if cell.cell_type == "code" and cell.source.strip()
-        if INJECTED not in cell.metadata.get("tags", [])
-        if not cell.get("execution_count") or digest(_text(cell)) not in then
+        name for name, now in code_checksums().items() if now != then.get(name, now)
     ]
+
+
+def first_not_executed(notebook, script):
+    """Return the number of the first code cell that has not the outputs of its code.
+
+    None if all were executed by a command, as they are now and in this order.
+    """
+    then = provenance(notebook).get("code", {}).get(script.name, [])
+    cells = [(n, c) for n, c in handwritten(notebook) if c.cell_type == "code"]
+    for place, (number, cell) in enumerate(cells):
+        was_executed = then[place : place + 1] == [digest(text_of(cell))]
+        if not was_executed or not cell.get("execution_count"):
+            return number
+    return len(notebook.cells) if len(then) > len(cells) else None
 
 
 # --- What is done ---------------------------------------------------------------------
 
 
 def bring_together(script, notebook, keep=None):
-    """Bring the cells of an edited notebook into its script, and say so.
+    """Give script and notebook the same cells, those of the one that was edited.
 
-    Where only the script was edited, nothing has to be done: the notebook is made of it
-    again. Where both were, ``keep``, "notebook" or "script", says which one stays, and
-    the other is copied first; without it a ``UserError`` names the cells.
+    Where both were, ``keep``, "notebook" or "script", says which one stays, and the
+    other is copied first; without it a ``UserError`` names the cells. Outputs stay with
+    the code that they belong to.
     """
     if not notebook.is_file():
         return
-    if keep == "script":
-        if not _agree(script, notebook):
-            _copy(notebook)
+    seen = checksum(script), checksum(notebook)
+    ours = read_script(script)
+    try:
+        theirs = read_notebook(notebook)
+    except UserError as error:
+        if keep != "script":
+            raise UserError(
+                f"{error}: restore it, or let KEEP=script make it of {script} again"
+            ) from error
+        _copy(notebook)
+        notebook.unlink()
         return
-    theirs, ours = read_notebook(notebook), read_script(script)
-    made_from = theirs.metadata.get("provenance", {}).get("source")
-    if contents(ours) != contents(theirs):
-        was_edited = made_from != source_of(theirs), made_from != source_of(ours)
-        if keep is None and was_edited == (False, True):
-            return
-        if keep is None and was_edited == (True, True):
+    made_from = provenance(theirs).get("source")
+    was_edited = made_from != cells_checksum(theirs), made_from != cells_checksum(ours)
+    if contents(ours) == contents(theirs):
+        if any(was_edited):  # saved by JupyterLab in both, or the checksum is gone
+            _store(theirs, notebook)
+        return
+    if was_edited == (True, True):
+        if keep is None:
             places = differences(script, notebook)
             raise UserError(
                 f"{notebook} and {script} were both edited, or were never the same "
@@ -140,21 +165,40 @@ def bring_together(script, notebook, keep=None):
                 "same again with KEEP=notebook or KEEP=script; the other one is copied "
                 f"into {KEPT.as_posix()} first"
             )
+        was_edited = keep == "notebook", keep == "script"
+        _copy(script if keep == "notebook" else notebook)
+    text, dropped = None, []
+    if was_edited[0]:
         text, dropped = _script_with_cells(ours, theirs, notebook)
-        if was_edited[1] or dropped:
+    else:
+        _use_cells(theirs, ours)
+    if (checksum(script), checksum(notebook)) != seen:
+        raise UserError(
+            f"{script} or {notebook} was saved just now: type the same again"
+        )
+    if text is not None:
+        if dropped:
             _copy(script)
         write_whole(script, text.encode())
         print(f"{notebook} was edited: its cells are in {script} now, too.")
-    if made_from != source_of(theirs):
-        theirs.metadata.setdefault("provenance", {})["source"] = source_of(theirs)
-        store(theirs, notebook)
+    _store(theirs, notebook)
 
 
-def _agree(script, notebook):
-    try:
-        return not differences(script, notebook)
-    except UserError:  # it is no notebook
-        return False
+def keep_if_edited(notebook):
+    """Copy a notebook below ``build`` that is to be made anew, if it was edited.
+
+    Of those, cells that were injected count as well.
+    """
+    if notebook.is_file():
+        found = read_notebook(notebook)
+        if provenance(found).get("all") != all_checksum(found):
+            _copy(notebook)
+
+
+def _store(notebook, path):
+    facts = {**provenance(notebook), "source": cells_checksum(notebook)}
+    notebook.metadata["provenance"] = facts
+    store(notebook, path)
 
 
 def _copy(path):
@@ -163,57 +207,96 @@ def _copy(path):
     print(f"{path} as it was is kept as {copy.as_posix()}.")
 
 
-def _script_with_cells(ours, theirs, notebook):
-    """Return the text of a script with the cells of a notebook, and what that drops.
+def _use_cells(notebook, ours):
+    """Give a notebook the cells of a script, in place; equal code keeps its outputs."""
+    executed = {text_of(c): c for c in notebook.cells if c.cell_type == "code"}
+    injected = [
+        (cell, notebook.cells[place - 1].source)
+        for place, cell in enumerate(notebook.cells)
+        if is_injected(cell)
+    ]
+    for cell in ours.cells:
+        if cell.cell_type == "code" and text_of(cell) in executed:
+            same = executed[text_of(cell)]
+            cell.update(outputs=same.outputs, execution_count=same.execution_count)
+    notebook.cells = ours.cells
+    for cell, before in injected:
+        sources = [other.source for other in notebook.cells]
+        place = sources.index(before) + 1 if before in sources else len(sources)
+        notebook.cells.insert(place, cell)
 
-    Editors drop tags, so the cells of the notebook get those of the script back.
+
+def _script_with_cells(ours, theirs, notebook):
+    """Return the text of a script with the cells of a notebook, and the cells it loses.
+
+    Editors drop metadata, so cells of the notebook get back what the script knows of
+    them. A new cell that does more than define becomes a comment in the script, which
+    has to be imported without doing anything.
     """
-    left, cells, origin = handwritten(ours), handwritten(theirs), {}
+    left, cells, origin = [c for _, c in handwritten(ours)], handwritten(theirs), {}
     for cutoff in (1.0, LIKE):  # first the cells that are as they were
-        for number, cell in enumerate(cells):
+        for number, cell in cells:
             if number in origin:
                 continue
-            texts = {_text(c): c for c in left if c.cell_type == cell.cell_type}
-            best = difflib.get_close_matches(_text(cell), texts, 1, cutoff)
+            texts = {text_of(c): c for c in left if c.cell_type == cell.cell_type}
+            best = difflib.get_close_matches(text_of(cell), texts, 1, cutoff)
             if best:
                 origin[number] = texts[best[0]]
                 left.remove(origin[number])
-    for number, cell in enumerate(cells):
-        name = f"{notebook}, cell {number + 1}"
+    for number, cell in cells:
+        name = f"{notebook}, cell {number}"
         if cell.get("attachments"):
             raise UserError(
                 f"{name} holds a pasted picture, which a script cannot hold: save it "
                 "as a file, and name the file in the cell"
             )
-        tags = set(origin.get(number, cell).metadata.get("tags", []))
-        is_action = cell.cell_type == "code" and not _only_defines(cell)
-        if is_action and number not in origin:
-            tags.add(NOTEBOOK_ONLY)
-        elif is_action and NOTEBOOK_ONLY not in tags and _only_defines(origin[number]):
+        known = origin[number].metadata if number in origin else {}
+        for key, value in known.items():
+            cell.metadata.setdefault(key, value)
+        if cell.cell_type != "code" or NOTEBOOK_ONLY in cell.metadata.get("tags", []):
+            continue
+        if number not in origin and not _only_defines(cell.source):
+            cell.metadata["tags"] = sorted(
+                [*cell.metadata.get("tags", []), NOTEBOOK_ONLY]
+            )
+            continue
+        try:
+            only_defines = _only_defines(cell.source, strict=True)
+        except SyntaxError as error:
+            raise UserError(
+                f"{name} could not be imported ({error.msg}, line {error.lineno}): put "
+                "it right, or move a magic into a cell of its own"
+            ) from error
+        if not only_defines and _only_defines(origin[number].source):
             print(f"{name} does something now whenever its script is imported.")
-        cell.metadata.pop("tags", None)
-        if tags:
-            cell.metadata["tags"] = sorted(tags)
     merged = ours.copy()
-    merged["cells"] = cells
+    merged["cells"] = [cell for _, cell in cells]
     text = jupytext.writes(merged, fmt="py:percent")
     read_again = contents(jupytext.reads(text, fmt="py:percent"))
-    for number, cell in enumerate(contents(merged)):
-        if cell not in read_again[number : number + 1]:
+    for place, (number, _) in enumerate(cells):
+        if read_again[place : place + 1] != contents(merged)[place : place + 1]:
             raise UserError(
-                f"{notebook}, cell {number + 1} cannot be written as part of a script: "
-                "does it hold a line that begins with %%, or a control character?"
+                f"{notebook}, cell {number} cannot be written as part of a script: "
+                "perhaps it holds a control character, or a line begins with # %% or %%"
             )
     return text, left
 
 
-def _only_defines(cell):
+def _only_defines(source, strict=False):
+    """Return whether code has no effect; if ``strict``, SyntaxError is not caught."""
     try:
-        nodes = ast.parse(cell.source).body
-    except SyntaxError:  # or a magic of the notebook
+        nodes = ast.parse(source).body
+    except SyntaxError:  # perhaps a magic of the notebook
+        if strict:
+            raise
         return False
-    return all(
-        isinstance(node, DEFINITIONS)
-        or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))
-        for node in nodes
-    )
+    return all(isinstance(node, DEFINITIONS) or _is_constant(node) for node in nodes)
+
+
+def _is_constant(node):
+    """Return whether a statement is a docstring, or gives a literal a name."""
+    try:
+        ast.literal_eval(node.value)
+    except (AttributeError, ValueError):
+        return False
+    return True

@@ -8,7 +8,7 @@ from pathlib import Path
 from torchvision.datasets import CIFAR10
 
 from report.notebooks import read_notebook
-from report.pairs import edited_since
+from report.pairs import edited_since, provenance
 from training import (
     ARCHIVE_MD5,
     HISTORY_NAME,
@@ -79,7 +79,7 @@ def origin(submission):
     rows = []
     for path in submission.notebooks:
         notebook = read_notebook(path)
-        facts = notebook.metadata.get("provenance", {})
+        facts = provenance(notebook)
         how = "it is not known when it was executed"
         if "executed" in facts:
             how = (

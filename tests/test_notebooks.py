@@ -182,7 +182,7 @@ def test_an_injected_cell_stands_in_its_place_and_is_no_difference(tmp_path):
     notebook = notebooks.read_script(script)
     for kind, place in (("code", "## Unit tests"), ("markdown", "## Plots")):
         cell = getattr(nbformat.v4, f"new_{kind}_cell")("x = 1")
-        notebooks.inject(notebook, cell, lambda c, p=place: c.source.startswith(p))
+        notebooks.inject(notebook, cell, place)
         where = notebook.cells.index(cell)
         assert notebook.cells[where - 1].source.startswith(place)
     notebooks.store(notebook, tmp_path / "x.ipynb")

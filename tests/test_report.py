@@ -328,9 +328,10 @@ def test_the_same_content_is_the_same_zip(ready, monkeypatch):
         ("placeholder", "identity is still the placeholder"),
         ("demo run", "is a demo run"),
         ("no notebook", "attention.ipynb is missing"),
-        ("script changed", "does not match attention.py"),
-        ("code changed", "cell 3 was edited or cleared since it was executed"),
-        ("outputs cleared", "cell 3 was edited or cleared since it was executed"),
+        ("script changed", "cell 3: `make report` has not executed it"),
+        ("code changed", "cell 3: `make report` has not executed it"),
+        ("code deleted", "cell 3: `make report` has not executed it"),
+        ("outputs cleared", "cell 3: `make report` has not executed it"),
         ("error output", "holds an error in cell"),
         ("record not shown", "does not show the run in report/run"),
         ("no provenance", "does not show the run in report/run"),
@@ -349,10 +350,12 @@ def test_what_has_to_be_executed_or_trained_is_refused(ready, spoil, said):
     elif spoil == "script changed":
         script = Path("attention.py")
         text = script.read_text(encoding="utf-8")
-        script.write_text(text.replace("# ## The layer", "# ## A layer"), "utf-8")
+        script.write_text(text.replace("import math", "import math  # pi"), "utf-8")
     elif spoil == "code changed":
         code = next(cell for cell in book.cells if cell.cell_type == "code")
         code.source += "\n# changed"
+    elif spoil == "code deleted":
+        book.cells.pop(2)
     elif spoil == "outputs cleared":
         code = next(cell for cell in book.cells if cell.cell_type == "code")
         code.execution_count = None
@@ -369,14 +372,19 @@ def test_what_has_to_be_executed_or_trained_is_refused(ready, spoil, said):
     if spoil == "no notebook":
         Path("attention.ipynb").unlink()
     made = submission.pdf.read_bytes() if submission.pdf.is_file() else None
-    with pytest.raises(UserError, match=re.escape(said)):
+    before = ready / "dist" / f"{submission.student.stem}.zip"
+    before.parent.mkdir()
+    before.write_bytes(b"of yesterday")
+    with pytest.raises(UserError, match=re.escape(said)) as caught:
         bundle.make_zip(submission)
-    assert not (ready / "dist").exists()
+    assert "zip is still that of before" in str(caught.value)
+    assert before.read_bytes() == b"of yesterday"
     assert made is None or submission.pdf.read_bytes() == made
 
 
 @pytest.mark.parametrize(
-    "lag", ["no pdf", "not a pdf", "other identity", "new template", "edited text"]
+    "lag",
+    ["no pdf", "not a pdf", "other identity", "new template", "notebook", "script"],
 )
 def test_a_pdf_that_only_lags_behind_is_made_again(ready, monkeypatch, capsys, lag):
     submission, typeset = shown(), []
@@ -389,10 +397,14 @@ def test_a_pdf_that_only_lags_behind_is_made_again(ready, monkeypatch, capsys, l
     elif lag == "new template":
         monkeypatch.setattr(pdf, "HERE", ready / "report")
         Path("report", "template.typ").write_text("new", encoding="utf-8")
-    elif lag == "edited text":
+    elif lag == "notebook":
         book = nbformat.read("attention.ipynb", as_version=4)
         book.cells[0].source += "\n\nMine."
         nbformat.write(book, "attention.ipynb")
+    elif lag == "script":
+        text = Path("attention.py").read_text(encoding="utf-8")
+        text = text.replace("# ## The layer\n", "# ## The layer\n#\n# Mine.\n")
+        Path("attention.py").write_text(text, encoding="utf-8")
 
     def make_pdf(submission):
         typeset.append(submission)
@@ -405,7 +417,9 @@ def test_a_pdf_that_only_lags_behind_is_made_again(ready, monkeypatch, capsys, l
     assert "is made again" in capsys.readouterr().out
     with zipfile.ZipFile(path) as file:
         assert file.read(submission.pdf.name) == b"made again"
-        assert lag != "edited text" or b"# Mine.\n" in file.read("attention.py")
+        if lag in ("notebook", "script"):
+            assert b"# Mine.\n" in file.read("attention.py")
+            assert b"Mine." in file.read("attention.ipynb")
 
 
 @pytest.mark.parametrize(
@@ -469,7 +483,8 @@ def command(project, monkeypatch):
         (["repot"], "'repot' is no command"),
         (["report", "EPOCH=1"], "EPOCH is no option"),
         (["report", "EPOCHS=1"], "EPOCHS is no option of report, but of train"),
-        (["report", "KEEP=both"], "KEEP=both is neither notebook nor script"),
+        (["report", "KEEP=both"], "KEEP=both is not one of notebook, script"),
+        (["zip", "WEIGHTS=no"], "WEIGHTS=no is not one of 0, 1"),
         (["report", "SURNAME=O'Brien"], "for example OBrien"),
         (["report", "SURNAME=$(touch x)", "MATRICULATION=1"], "for example touch-x"),
         (["report", "RUN=nowhere"], "there is no finished run in nowhere"),
@@ -494,12 +509,15 @@ def test_an_error_ends_with_exit_code_1_and_no_traceback():
 
 def test_clean_keeps_what_took_hours(tmp_path, monkeypatch):
     monkeypatch.setattr(make, "ROOT", tmp_path)
-    for name in ("runs", "trials", "report"):
+    for name in ("runs", "trials", "kept", "demo", "mine"):
         (tmp_path / "build" / name).mkdir(parents=True)
+    for name in ("demo", "mine"):
+        (tmp_path / "build" / name / "attention.ipynb").touch()
     (tmp_path / "dist").mkdir()
     make.clean()
-    left = sorted(path.name for path in tmp_path.rglob("*"))
-    assert left == ["build", "runs", "trials"]
+    assert [path.name for path in tmp_path.iterdir()] == ["build"]
+    left = sorted(path.name for path in (tmp_path / "build").iterdir())
+    assert left == ["kept", "mine", "runs", "trials"]
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
@@ -516,6 +534,7 @@ def test_make_hands_values_on_as_they_were_typed(project):
     assert "the surname '$(shell touch x)' cannot be part" in said
     assert not (project / "x").exists()
     assert "EPOCH is no option" in refused("train", "EPOCH=1")
+    assert "'repot' is no command" in refused("repot")
     assert "LR is no option of report" in refused("report", "LR=1")
 
 
@@ -529,6 +548,7 @@ def test_make_hands_values_on_as_they_were_typed(project):
         ("wanted", "cpu", "CUDA", False, True, ["venv --clear", "pip>", "test"]),
         ("wanted", "cuda", "CUDA", False, True, []),
         ("", "cuda", "", True, True, ["venv", "pip>", "test"]),
+        ("wanted", None, "", True, True, ["venv --clear", "pip>", "test"]),
         ("other", "cuda", "", False, True, ["venv", "pip>", "cpu", "test"]),
         ("other", "cuda", "", False, False, ["venv", "pip>", "test"]),
         ("other", "cuda", "CUDA", False, True, ["venv", "pip>", "test"]),
@@ -539,7 +559,10 @@ def test_an_environment_is_made_when_it_is_not_what_is_asked_for(
 ):
     python = tmp_path / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     python.parent.mkdir()
-    python.touch()
+    if holds:
+        python.touch()
+    else:  # as where the Python that it was made of is gone
+        (tmp_path / "pyvenv.cfg").touch()
     wanted = make.hashlib.sha256((ROOT / "pyproject.toml").read_bytes()).hexdigest()
     text = wanted if stamp == "wanted" else stamp
     (tmp_path / "requirements.sha256").write_text(text, encoding="utf-8")
@@ -624,7 +647,7 @@ def test_the_build_without_cuda_is_taken_from_its_index(index, tmp_path, capfd):
     assert make.build_of(python) == "cpu"
     with pytest.raises(SystemExit, match="could not be made"):
         make.set_up("torch", [*command, "--index-url", index, "torch>=3"])
-    assert "installs 1 packages" in capfd.readouterr().out
+    assert "installs 1 package(s)" in capfd.readouterr().out
 
 
 def test_the_readme_shows_what_the_records_say():
@@ -681,19 +704,27 @@ def test_without_data_the_report_takes_recorded_outputs(ready, monkeypatch, caps
     assert "not at hand" in " ".join(text_of(shown().pdf, last=1)[0].split())
 
 
+def outputs():
+    book = nbformat.read("attention.ipynb", as_version=4)
+    return [(c.get("execution_count"), c.get("outputs")) for c in book.cells]
+
+
 @pytest.mark.fault("failing notebook cell")
-def test_a_failed_report_changes_nothing(ready):
+def test_a_failed_report_costs_no_outputs(ready):
     script = Path("attention.py")
     text = script.read_text(encoding="utf-8")
     broken = text.replace("q = q / math.sqrt(self.head_dim)", "q = q / 0.01")
     assert broken != text
     script.write_text(broken, encoding="utf-8")
-    before = files_in(ready)
+    before, pdf_before = outputs(), shown().pdf.read_bytes()
     with pytest.raises(UserError) as caught:
         build.report(shown())
     assert re.match(r"attention\.ipynb, cell \d+, line 2:\n", str(caught.value))
     assert "run_unit_tests(test_single_head, test_multi_head)" in str(caught.value)
-    assert files_in(ready) == before
+    after = outputs()
+    assert len([a for a, b in zip(before, after, strict=True) if a != b]) == 1
+    assert "math.sqrt" not in script.read_text(encoding="utf-8")
+    assert shown().pdf.read_bytes() == pdf_before
 
 
 @pytest.mark.fault("project in another folder")
