@@ -10,6 +10,7 @@ A run can be interrupted at any time; the same command continues it.
 import argparse
 import math
 
+import dataset
 import training
 import vision_transformer as vt
 from attention import choose_device
@@ -56,7 +57,7 @@ def main(arguments=None):
             folder = given.run or training.RECORD
             model, history = training.load_record(folder, {}, model)
             if model is not None:
-                training.fetch(vt.CIFAR10, given.cache_dir)
+                dataset.fetch(vt.CIFAR10, given.cache_dir)
         else:
             own = {
                 key: getattr(given, key)

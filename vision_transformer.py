@@ -566,7 +566,8 @@ def train_run(settings, cache_dir, device, folder=None):
 
     ``settings`` are those of ``training.PRESETS``. A run that is finished is loaded.
     """
-    from training import Run, fetch, load_record
+    from dataset import fetch
+    from training import Run, load_record
 
     torch.manual_seed(settings["seed"])
     model = VisionTransformer().to(device)

@@ -26,12 +26,12 @@ sys.path.insert(0, str(ROOT))
 
 import vision_transformer as ours  # noqa: E402
 from attention import choose_device  # noqa: E402
+from dataset import fetch  # noqa: E402
 from figures import calibration  # noqa: E402
 from training import (  # noqa: E402
     PRESETS,
     Run,
     UserError,
-    fetch,
     load_record,
     processor_name,
     write_whole,

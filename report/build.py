@@ -10,6 +10,7 @@ from unittest import mock
 import nbformat
 from torchvision.datasets import CIFAR10
 
+from dataset import fetch
 from report import notebooks
 from report.demo import DemoCIFAR10
 from report.identity import Student
@@ -29,7 +30,6 @@ from training import (
     UserError,
     checksum,
     describe,
-    fetch,
     read_history,
 )
 

@@ -16,7 +16,8 @@ from report.notebooks import is_injected, read_notebook, read_script, store
 from training import UserError, checksum, write_whole
 
 SCRIPTS = (Path("attention.py"), Path("vision_transformer.py"))
-LIBRARIES = (Path("figures.py"), Path("training.py"))  # which the notebooks import
+# Which the notebooks import
+LIBRARIES = (Path("dataset.py"), Path("figures.py"), Path("training.py"))
 SIDES = ("notebook", "script")
 KEPT = Path("build", "kept")  # copies of what had to give way
 NOTEBOOK_ONLY = "active-ipynb"  # the tag of cells that are comments in the script

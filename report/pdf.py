@@ -22,9 +22,9 @@ from training import HISTORY_NAME, QUICK_RECORD, UserError, write_whole
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
-LISTINGS = ("figures.py", "training.py", "train.py")  # complete, in the appendix
+# Complete, in the appendix
+LISTINGS = ("figures.py", "training.py", "dataset.py", "train.py")
 IMAGE_TYPES = {"image/svg+xml": "svg", "image/png": "png"}
-DEMO_KEYWORD, DRAFT_KEYWORD = "demo data", "draft"
 
 
 def fingerprint(submission):
@@ -117,7 +117,7 @@ def make_pdf(submission):
 def _facts(submission, notebooks):
     """Return what the template shows besides the notebooks."""
     who = submission.student
-    kinds = [DEMO_KEYWORD] * submission.demo + [DRAFT_KEYWORD] * who.is_placeholder
+    kinds = ["demo data"] * submission.demo + ["draft"] * who.is_placeholder
     days = [book.metadata.get("provenance", {}).get("executed") for book in notebooks]
     latest = max(filter(None, days), default="2024-07-05")[:10]
     return {

@@ -7,16 +7,15 @@ from pathlib import Path
 
 from torchvision.datasets import CIFAR10
 
+from dataset import ARCHIVE_MD5, is_present
 from report.notebooks import read_notebook
 from report.pairs import edited_since, provenance
 from training import (
-    ARCHIVE_MD5,
     HISTORY_NAME,
     QUICK_RECORD,
     describe,
     finished,
     first_epoch_at,
-    is_present,
     read_history,
 )
 

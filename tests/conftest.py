@@ -51,6 +51,12 @@ def assert_same_weights(model, other):
         assert torch.equal(a, b), f"{name} differs"
 
 
+def only_files(folder):
+    return sorted(
+        p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()
+    )
+
+
 @pytest.fixture
 def demo_data(monkeypatch):
     """Few generated images instead of CIFAR-10."""

@@ -25,9 +25,11 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
-from conftest import ROOT, small_model
-from test_training import FOLDER, TinyCIFAR10, archive_of, go_on, load, only_files
+from conftest import ROOT, only_files, small_model
+from test_dataset import TinyCIFAR10, archive_of
+from test_training import FOLDER, go_on, load
 
+import dataset
 import training
 import vision_transformer
 from attention import SelfAttention, SelfAttention2d
@@ -456,25 +458,25 @@ def test_corrupt_data_is_never_trained_on(tmp_path, monkeypatch, damage):
     }
     if damage != "missing":
         file.write_bytes(files[damage])
-    assert not training.is_present(TinyCIFAR10, tmp_path)
+    assert not dataset.is_present(TinyCIFAR10, tmp_path)
     with pytest.raises(UserError, match="could not be fetched"):
-        training.fetch(TinyCIFAR10, tmp_path, [])
+        dataset.fetch(TinyCIFAR10, tmp_path, [])
     archive = archive_of()
-    (tmp_path / training.ARCHIVE_NAME).write_bytes(archive)
+    (tmp_path / dataset.ARCHIVE_NAME).write_bytes(archive)
     import hashlib
 
-    monkeypatch.setattr(training, "ARCHIVE_MD5", hashlib.md5(archive).hexdigest())
-    training.fetch(TinyCIFAR10, tmp_path, [])
+    monkeypatch.setattr(dataset, "ARCHIVE_MD5", hashlib.md5(archive).hexdigest())
+    dataset.fetch(TinyCIFAR10, tmp_path, [])
     assert file.read_bytes() == TinyCIFAR10.content, "repaired"
 
 
 @fault("data missing or corrupt")
 @pytest.mark.parametrize("end", [0, 1, 100, 5000, -1])
 def test_a_truncated_archive_is_never_unpacked(tmp_path, end):
-    (tmp_path / training.ARCHIVE_NAME).write_bytes(archive_of()[:end])
+    (tmp_path / dataset.ARCHIVE_NAME).write_bytes(archive_of()[:end])
     with pytest.raises(UserError, match="wrong MD5, so it is incomplete"):
-        training.fetch(TinyCIFAR10, tmp_path, [])
-    assert only_files(tmp_path) == [training.ARCHIVE_NAME], "left for the user to judge"
+        dataset.fetch(TinyCIFAR10, tmp_path, [])
+    assert only_files(tmp_path) == [dataset.ARCHIVE_NAME], "left for the user to judge"
 
 
 # --- Arguments ------------------------------------------------------------------------
@@ -873,11 +875,11 @@ MEMBERS = [
 def test_archive_members_stay_inside(tmp_path, members):
     folder = tmp_path / "deep" / "data"
     folder.mkdir(parents=True)
-    archive = folder / training.ARCHIVE_NAME
+    archive = folder / dataset.ARCHIVE_NAME
     with tarfile.open(archive, "w:gz") as tar:
         for info in members:
             tar.addfile(info)
     with pytest.raises(UserError, match="could not be unpacked"):
-        training._unpack(archive, INSIDE)
+        dataset._unpack(archive, INSIDE)
     assert [*tmp_path.rglob("*")] == [tmp_path / "deep", folder, archive]
     assert not Path("/outside-of-the-archive").exists()

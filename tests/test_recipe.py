@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 from torchvision import transforms as T
 
+import dataset
 import training
 import vision_transformer
 from report.demo import DemoCIFAR10
@@ -140,7 +141,7 @@ def test_an_interrupted_run_ends_where_the_whole_one_does(
 
 def test_a_finished_run_is_loaded_not_repeated(demo_data, workplace, monkeypatch):
     monkeypatch.setattr(vision_transformer, "VisionTransformer", small_model)
-    monkeypatch.setattr(training, "fetch", lambda *_: None)
+    monkeypatch.setattr(dataset, "fetch", lambda *_: None)
     model, history = vision_transformer.train_run(settings(1), "data", CPU)
     monkeypatch.setattr(vision_transformer, "train", None)
     again, same = vision_transformer.train_run(settings(1), "data", CPU)
@@ -214,7 +215,7 @@ def test_training_works_where_workers_are_spawned(workplace):
 
 DATA = ROOT / "data"
 real_data = pytest.mark.skipif(
-    not training.is_present(torchvision.datasets.CIFAR10, DATA),
+    not dataset.is_present(torchvision.datasets.CIFAR10, DATA),
     reason="CIFAR-10 is not in ./data",
 )
 

@@ -21,6 +21,7 @@ import pypdf
 import pytest
 from conftest import ROOT, STUDENT, run_script
 
+import dataset
 import training
 from report import build, bundle, make, notebooks, pdf, tables
 from report.build import Submission
@@ -278,6 +279,7 @@ EXPECTED = {
     "history.json",
     "requirements.txt",
     "train.py",
+    "dataset.py",
     "training.py",
     "vision_transformer.ipynb",
     "vision_transformer.py",
@@ -682,9 +684,9 @@ def test_the_readme_shows_what_the_records_say():
 
 def test_without_data_the_report_takes_recorded_outputs(ready, monkeypatch, capsys):
     (ready / "data").mkdir()
-    Path("data", training.ARCHIVE_NAME).write_bytes(b"not the archive")
+    Path("data", dataset.ARCHIVE_NAME).write_bytes(b"not the archive")
     # No source: the network of a machine that reaches nothing
-    monkeypatch.setattr(training.fetch, "__defaults__", ((),))
+    monkeypatch.setattr(dataset.fetch, "__defaults__", ((),))
     executed = []
 
     def execute(notebook, name):  # another test does
@@ -697,7 +699,7 @@ def test_without_data_the_report_takes_recorded_outputs(ready, monkeypatch, caps
         build.store_notebooks(shown())
     build.report(shown())
     said = capsys.readouterr().out
-    assert f"MD5 {training.ARCHIVE_MD5}" in said
+    assert f"MD5 {dataset.ARCHIVE_MD5}" in said
     assert "vision_transformer.ipynb is taken with the outputs it has" in said
     assert Path("vision_transformer.ipynb").read_bytes() == stored
     assert set(executed) == {"attention.ipynb"}
