@@ -298,9 +298,9 @@ def usage():
     print("make COMMAND [NAME=VALUE ...]    (python report/make.py does the same)\n")
     for commands in (FIRST, OTHERS):
         for name, what in commands.items():
-            minutes = (seconds.get(f"make {name}") or 0) / 60
-            cost = f" ({minutes:.1f} min)" if minutes else ""
-            print(f"  {name:<11}{what}{cost}")
+            cost = seconds.get(f"make {name}", 0)
+            cost = f"{cost} s" if cost < 100 else f"{cost / 60:.0f} min"
+            print(f"  {name:<11}{what}{f' ({cost})' * (cost != '0 s')}")
         print()
     for name, (commands, what) in OPTIONS.items():
         print(f"  {name:<15}{', '.join(commands) or 'all commands'}: {what}")
