@@ -114,7 +114,7 @@ def ensure_environment():
     print(f"Setting up {folder.name}: a few minutes, once.", flush=True)
     pip = [str(python), "-m", "pip", "--disable-pip-version-check", "install"]
     set_up(
-        "an empty environment",
+        "the environment",
         [sys.executable, "-m", "venv", *["--clear"] * anew, str(folder)],
     )
     set_up("pip", [*pip, "--upgrade", "pip>=25.1"])  # the first to know --group

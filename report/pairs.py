@@ -190,10 +190,15 @@ def keep_if_edited(notebook):
 
     Of those, cells that were injected count as well.
     """
-    if notebook.is_file():
+    if not notebook.is_file():
+        return
+    try:
         found = read_notebook(notebook)
-        if provenance(found).get("all") != all_checksum(found):
-            _copy(notebook)
+    except UserError:  # whatever it is now
+        _copy(notebook)
+        return
+    if provenance(found).get("all") != all_checksum(found):
+        _copy(notebook)
 
 
 def _store(notebook, path):

@@ -304,6 +304,10 @@ def test_what_is_no_notebook_is_left_as_it_is(edited, content):
         with pytest.raises(UserError, match="cannot be read as a notebook"):
             command(None)
     assert NOTEBOOK.read_bytes() == content
+    pairs.keep_if_edited(NOTEBOOK)
+    [copy] = pairs.KEPT.iterdir()
+    assert copy.read_bytes() == content
+    copy.unlink()
     COMMANDS["notebooks"]("script")
     [copy] = pairs.KEPT.iterdir()
     assert copy.read_bytes() == content
