@@ -833,7 +833,9 @@ def verify(history, predictions):
 # initialisation and with Xavier's; the latter is that of the model. Without positions,
 # with one head, or with the layer norms behind the residual connections, the model was
 # clearly worse after two short epochs. That says little about long runs: leaving out
-# dropout made no clear difference, but the long run overfits.
+# dropout made no clear difference, but a long run overfits. The trial of 40 epochs on
+# 5,000 images in Table 1 shows it: its held-out cross-entropy was lowest in epoch 10,
+# and rose from there while the training loss kept falling.
 #
 # A seed decides the initial weights, the order of the images, their crops and what
 # dropout drops. The quick run was repeated with two more seeds; all three ended above
