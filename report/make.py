@@ -104,8 +104,7 @@ def ensure_environment():
     if not build and is_linux_pc() and not has_driver():
         build = "cpu"
     if build == "cpu" and not answers(f"{CPU_INDEX}/torch/"):
-        print(f"{CPU_INDEX} does not answer.")
-        print("So PyTorch comes with CUDA: 5 GB more on the disk, and otherwise alike.")
+        print(f"{CPU_INDEX} does not answer: PyTorch comes with CUDA, 5 GB more.")
         build, is_other = "", False
         if is_made:
             return python

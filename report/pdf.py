@@ -17,6 +17,7 @@ import typst
 from nbconvert import MarkdownExporter
 
 from report.notebooks import read_notebook
+from report.pairs import provenance
 from report.tables import FIGURE, TRIALS, origin, points, trials
 from training import HISTORY_NAME, QUICK_RECORD, UserError, write_whole
 
@@ -118,7 +119,7 @@ def _facts(submission, notebooks):
     """Return what the template shows besides the notebooks."""
     who = submission.student
     kinds = ["demo data"] * submission.demo + ["draft"] * who.is_placeholder
-    days = [book.metadata.get("provenance", {}).get("executed") for book in notebooks]
+    days = [provenance(book).get("executed") for book in notebooks]
     latest = max(filter(None, days), default="2024-07-05")[:10]
     return {
         "surname": who.surname,

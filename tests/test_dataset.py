@@ -152,6 +152,7 @@ def test_when_all_sources_fail_one_message_says_what_to_do(server, tmp_path):
     message = str(caught.value)
     for part in (*sources, dataset.ARCHIVE_NAME, dataset.ARCHIVE_MD5, str(tmp_path)):
         assert part in message
+    assert all(message.count(source) == 1 for source in sources)
     assert only_files(tmp_path) == []
 
 
