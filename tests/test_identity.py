@@ -117,6 +117,11 @@ def test_other_numbers_are_refused(number):
         check_student("Meier", "Anna", number)
 
 
+@pytest.mark.parametrize(("number", "notes"), [("123", 1), ("1234567", 0)])
+def test_a_number_that_is_not_lmu_s_is_accepted_with_a_word(number, notes):
+    assert len(check_student("Meier", "Anna", number).notes) == notes
+
+
 def test_sixty_identities_are_tried():
     assert len(KEPT) + len(REFUSED) + len(NUMBERS_REFUSED) >= 60
 
