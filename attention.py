@@ -322,7 +322,8 @@ if __name__ == "__main__":
 # **Figure 3.** Cost of `SelfAttention2d` with its defaults ($D = 256$) on one grid of
 # $L$ tokens. Left: counted operations of the projections and of the products $QK^T$ and
 # (weights) $V$; a multiplication and an addition count as two. Right: memory kept for
-# the backward pass, and time of a forward pass on the machine that made this figure.
+# the backward pass, and time of a forward pass on one core of the machine that made
+# this figure.
 # <!-- alt: Two log-log plots against the number of tokens. On the left, the line of the
 # products is steeper than that of the projections and crosses it at 512 tokens. On the
 # right, memory rises ever more steeply; measured times stand beside it. -->

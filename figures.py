@@ -218,13 +218,18 @@ def count_operations(layer, x):
 
 
 def fastest_pass(layer, x, seconds=0.3):
-    """Return the seconds of the fastest of some passes: disturbance only adds time."""
-    times = []
+    """Return the seconds of the fastest of some passes: disturbance only adds time.
+
+    On one core, since several wait for each other, longest on a busy machine.
+    """
+    times, threads = [], torch.get_num_threads()
+    torch.set_num_threads(1)
     with torch.no_grad():
         while len(times) < 5 or sum(times) < seconds:
             start = time.perf_counter()
             layer(x).sum().item()  # reading a number waits for the device
             times.append(time.perf_counter() - start)
+    torch.set_num_threads(threads)
     return min(times)
 
 

@@ -35,13 +35,22 @@ def parse_arguments(arguments=None):
     parser.add_argument(
         "--verify", action="store_true", help="validate a record, train nothing"
     )
-    parser.add_argument("--preset", choices=training.PRESETS, default="default")
-    parser.add_argument("--batch-size", type=positive(int))
-    parser.add_argument("--lr", type=positive(float))
-    parser.add_argument("--epochs", type=positive(int), dest="n_epochs")
-    parser.add_argument("--seed", type=int)
+    parser.add_argument(
+        "--preset",
+        choices=training.PRESETS,
+        default="default",
+        help="quick: fewer epochs, smaller batches",
+    )
+    parser.add_argument("--batch-size", type=positive(int), help="images in a step")
+    parser.add_argument("--lr", type=positive(float), help="learning rate")
+    parser.add_argument(
+        "--epochs", type=positive(int), dest="n_epochs", help="passes over the images"
+    )
+    parser.add_argument("--seed", type=int, help="of all random numbers")
     parser.add_argument("--run", help="folder of the run, to store or to verify")
-    parser.add_argument("--cache-dir", default=vt.DATASET_CACHE_DIR, help="of CIFAR-10")
+    parser.add_argument(
+        "--cache-dir", default=vt.DATASET_CACHE_DIR, help="folder of CIFAR-10"
+    )
     return parser.parse_args(arguments)
 
 

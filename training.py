@@ -217,7 +217,7 @@ def read_history(folder):
     except FileNotFoundError:
         raise UserError(
             f"{path} is missing: there is no finished run in {folder}; `make train` "
-            "trains one, `make report RUN=...` shows it"
+            "trains one"
         ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read ({error}): {advice}") from error

@@ -221,7 +221,7 @@ class VisionTransformer(nn.Module):
         self.initialize()
 
     def initialize(self):
-        """Draw the weights, which the exercise leaves open: see ``bench/trials``."""
+        """Draw the weights, which the exercise leaves open: trials chose them."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)  # Glorot and Bengio (2010)
@@ -451,7 +451,7 @@ N_EPOCHS = 50
 
 # %% tags=["active-ipynb", "switch"]
 # TRAIN = False  # True: train with these parameters, which takes hours without a GPU
-# RECORD = "report/run"  # False: show this finished run; its parameters must match
+# RECORD = "report/run"  # else show this finished run, which must have them
 
 # %% [markdown]
 # CIFAR-10 ([Krizhevsky,

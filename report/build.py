@@ -18,8 +18,9 @@ from report.pairs import (
     SCRIPTS,
     all_checksum,
     bring_together,
-    cells_checksum,
+    cell_checksums,
     code_checksums,
+    first_not_executed,
     keep_if_edited,
 )
 from report.pdf import make_pdf, use_system_fonts
@@ -125,6 +126,10 @@ def store_notebooks(submission, keep=None, needs_data=True):
         if needs_data or not last_stored.is_file():
             raise
         print(f"{error}\n\nSo {last_stored} is taken with the outputs it has.")
+        number = first_not_executed(notebooks.read_notebook(last_stored), transformer)
+        if number:
+            print(f"Its cell {number} was edited and is not executed: `make zip` will")
+            print("refuse it, until the data set is there or the edit is undone.")
     else:
         executed[last_stored] = _execute(submission, transformer)
     for path in executed:
@@ -151,7 +156,7 @@ def report(submission, keep=None):
 def _execute(submission, script):
     """Return the notebook of a script, executed, with the run that is shown."""
     notebook = notebooks.read_script(script)
-    facts = {"source": cells_checksum(notebook), "code": code_checksums()}
+    facts = {"source": cell_checksums(notebook), "code": code_checksums()}
     if script == SCRIPTS[1]:
         facts["record"] = checksum(submission.run / HISTORY_NAME)
         if submission.folder != Path():
@@ -190,6 +195,7 @@ def demo(student):
             folder=folder,
         )
     report(Submission.of(folder, student))
+    print("It shows a demo on generated images, and cannot be handed in.")
 
 
 @contextlib.contextmanager

@@ -94,9 +94,10 @@ def _check_notebook(script, notebook):
     book = read_notebook(notebook)
     number = first_not_executed(book, script)
     if number:
+        where = ", with CIFAR-10 in data" * (script == SCRIPTS[1])
         raise UserError(
             f"{notebook}, cell {number}: `make report` has not executed it as it is "
-            "now; run that first, then this again"
+            f"now; run that first{where}, then this again"
         )
     for number, cell in enumerate(book.cells, 1):
         if any(output.output_type == "error" for output in cell.get("outputs", [])):

@@ -312,7 +312,7 @@ def main(arguments):
     os.environ.update(given)
     # make hands its own over by the environment, as a shell does what it exports
     typed = os.environ.get("MAKEFLAGS", "").partition("-- ")[2]
-    given |= dict.fromkeys(re.findall(r"(?:^| )([A-Z_]+)=", typed))
+    given |= dict.fromkeys(re.findall(r"(?:^| )([A-Za-z_]+)=", typed))
     given.pop("PYTHON", None)
     for name in given:
         if name not in OPTIONS:

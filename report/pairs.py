@@ -80,9 +80,26 @@ def differences(script, notebook):
     return found
 
 
-def cells_checksum(notebook):
-    """Return the checksum of all that is compared."""
-    return digest(contents(notebook))
+def cell_checksums(notebook):
+    """Return the checksums of all that is compared, one for each cell."""
+    return [*map(digest, contents(notebook))]
+
+
+def _edits(path, notebook, made_from):
+    """Say in words in which cells a notebook, or script, is not what it was made from.
+
+    Without ``made_from`` this is not known, and the answer is empty.
+    """
+    if not made_from:
+        return []
+    found = [
+        f'cell {number} of {path} ("{text_of(cell).splitlines()[0][:40]}")'
+        for (number, cell), now in zip(
+            handwritten(notebook), cell_checksums(notebook), strict=True
+        )
+        if now not in made_from
+    ]
+    return found or [f"cells of {path}, moved or deleted"]
 
 
 def all_checksum(notebook):
@@ -152,17 +169,19 @@ def bring_together(script, notebook, keep=None):
         notebook.unlink()
         return
     made_from = provenance(theirs).get("source")
-    was_edited = made_from != cells_checksum(theirs), made_from != cells_checksum(ours)
+    was_edited = made_from != cell_checksums(theirs), made_from != cell_checksums(ours)
     if contents(ours) == contents(theirs):
         if any(was_edited):  # saved by JupyterLab in both, or the checksum is gone
             _store(theirs, notebook)
         return
     if was_edited == (True, True):
         if keep is None:
-            places = differences(script, notebook)
+            places = _edits(notebook, theirs, made_from)
+            places += _edits(script, ours, made_from)
+            places = places or differences(script, notebook)
             raise UserError(
                 f"{notebook} and {script} were both edited, or were never the same "
-                f"({', '.join(places[:5])}{' and more' * (len(places) > 5)}): type the "
+                f"({', '.join(places[:6])}{' and more' * (len(places) > 6)}): type the "
                 "same again with KEEP=notebook or KEEP=script; the other one is copied "
                 f"into {KEPT.as_posix()} first"
             )
@@ -202,7 +221,7 @@ def keep_if_edited(notebook):
 
 
 def _store(notebook, path):
-    facts = {**provenance(notebook), "source": cells_checksum(notebook)}
+    facts = {**provenance(notebook), "source": cell_checksums(notebook)}
     notebook.metadata["provenance"] = facts
     store(notebook, path)
 
@@ -210,7 +229,7 @@ def _store(notebook, path):
 def _copy(path):
     copy = KEPT / f"{path.stem}-{checksum(path)[:8]}{path.suffix}"
     write_whole(copy, path.read_bytes())
-    print(f"{path} as it was is kept as {copy.as_posix()}.")
+    print(f"{path} as it was is kept as {copy.as_posix()}: copy from it what you miss.")
 
 
 def _use_cells(notebook, ours):
