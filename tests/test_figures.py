@@ -9,7 +9,8 @@ import numpy as np
 import pypdf
 import pytest
 import torch
-from conftest import ROOT, small_model
+from conftest import ROOT
+from victim import small_model
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

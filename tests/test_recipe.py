@@ -7,10 +7,11 @@ import textwrap
 import pytest
 import torch
 import torchvision
-from conftest import ROOT, assert_same_weights, run_script, small_model
+from conftest import ROOT, assert_same_weights, run_script
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 from torchvision import transforms as T
+from victim import small_model
 
 import dataset
 import training

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import assert_same_weights, only_files, small_model
+from conftest import assert_same_weights, only_files
+from victim import small_model
 
 import training
 from training import UserError

@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-from conftest import small_model
 from torch import nn
+from victim import small_model
 
 from vision_transformer import (
     UNIT_TESTS,
