@@ -51,6 +51,12 @@ def only_files(folder):
     )
 
 
+def replace_in(path, old, new):
+    text = Path(path).read_text(encoding="utf-8")
+    assert old in text
+    Path(path).write_text(text.replace(old, new), encoding="utf-8")
+
+
 @contextlib.contextmanager
 def edited_notebook(path="attention.ipynb"):
     """Give a stored notebook to be changed; store it again as an editor does."""

@@ -44,7 +44,7 @@ posix = pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals or li
 STAGES = ("half-written", "before writing", "before moving", "after moving")
 
 
-def start_training(folder, stage="never", number=0, epochs=3):
+def start_training(folder, stage="never", number=0, epochs=5):
     """Start a process that trains the small model, to be killed at some point."""
     victim = [sys.executable, str(ROOT / "tests" / "victim.py"), stage, str(number)]
     return subprocess.Popen(
