@@ -108,10 +108,10 @@ def test_killed_while_a_checkpoint_is_written(uninterrupted, tmp_path, stage):
 def test_killed_again_and_again(uninterrupted, tmp_path, seed, record_property):
     draw = random.Random(seed)
     moments = [
-        ("time", draw.uniform(0.05, 0.9)),
+        ("time", draw.uniform(0.05, 0.7)),
         ("step", draw.randint(1, 6)),
         (draw.choice(STAGES), draw.randint(1, 2)),
-        ("time", draw.uniform(0.05, 0.9)),
+        ("time", draw.uniform(0.05, 0.7)),
         ("step", draw.randint(1, 5)),
     ]
     kills = survive(uninterrupted, tmp_path, moments)

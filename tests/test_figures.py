@@ -149,13 +149,6 @@ def test_no_plot_is_left_out():
     assert {name for name in vars(figures) if name.startswith("plot_")} == set(FIGURES)
 
 
-def test_what_is_missing_is_said_in_one_line(capsys):
-    assert figures.plot_rollout(small_model(), None) is None
-    said = capsys.readouterr().out
-    assert said.startswith("Not shown (rollout): ")
-    assert said.count("\n") == 1
-
-
 def test_a_figure_without_label_unit_or_legend_is_found():
     figure, axes = plt.subplots(1, 2)
     axes[0].plot([1, 2])
