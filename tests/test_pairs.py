@@ -406,7 +406,10 @@ def test_another_run_is_shown_and_what_was_injected_gets_into_no_script(edited):
     shutil.copytree(ROOT / training.QUICK_RECORD, "mine")
     other = Submission.of("mine", STUDENT)
     build.store_notebooks(other)
+    assert other.pdf == Path("build", "mine", f"{STUDENT.stem}.pdf")
+    assert submission().pdf == Path("report", f"{STUDENT.stem}.pdf")
     path, script = other.notebooks[1], Path("vision_transformer.py")
+    assert path == Path("build", "mine", "vision_transformer.ipynb")
     text = read(script)
     with edited_notebook(path) as notebook:
         cells = notebook.cells

@@ -141,7 +141,5 @@ def test_progress_is_lines_in_a_log(workplace, capsys):
     go_on(small_model(), n_epochs=2)
     start, *epochs = capsys.readouterr().out.splitlines()
     assert start == f"The run starts; it is stored in {FOLDER}."
-    assert [line.split(",")[0] for line in epochs] == [
-        "epoch   1: loss 1.750",
-        "epoch   2: loss 1.750",
-    ]
+    said = [line.split(",")[0] for line in epochs]
+    assert said == ["epoch   1: loss 1.750", "epoch   2: loss 1.750"]
