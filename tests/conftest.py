@@ -1,5 +1,6 @@
-"""Shared by the tests: where the project is, a small model, the table of faults."""
+"""Shared by the tests: copies of the project, edits of it, the table of faults."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -7,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nbformat
 import pytest
 import torch
 
@@ -16,17 +18,9 @@ import vision_transformer
 from report.build import Submission
 from report.identity import check_student
 from report.pdf import make_pdf
-from vision_transformer import VisionTransformer
 
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(2)
-
-
-def small_model(seed=0, **changes):
-    """A Vision Transformer that trains in seconds, made from a seed."""
-    torch.manual_seed(seed)
-    sizes = {"layers": 1, "hidden_size": 32, "mlp_size": 48, "n_heads": 4, **changes}
-    return VisionTransformer(**sizes)
 
 
 def run_script(name, *arguments, folder=ROOT, timeout=120, **environment):
@@ -55,6 +49,20 @@ def only_files(folder):
     return sorted(
         p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()
     )
+
+
+def replace_in(path, old, new):
+    text = Path(path).read_text(encoding="utf-8")
+    assert old in text
+    Path(path).write_text(text.replace(old, new), encoding="utf-8")
+
+
+@contextlib.contextmanager
+def edited_notebook(path="attention.ipynb"):
+    """Give a stored notebook to be changed; store it again as an editor does."""
+    notebook = nbformat.read(path, as_version=4)
+    yield notebook
+    nbformat.write(notebook, path)
 
 
 @pytest.fixture
@@ -124,30 +132,28 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    left_out = []
+    def is_wanted(item):
+        if config.option.faults:
+            return item.get_closest_marker("fault")
+        return not item.get_closest_marker("slow")
+
+    left_out = [item for item in items if not is_wanted(item)]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
     for item in items:
         fault = item.get_closest_marker("fault")
         if fault:
             item.user_properties.append(("fault", fault.args[0]))
-        unwanted = (
-            not fault if config.option.faults else item.get_closest_marker("slow")
-        )
-        if unwanted:
-            left_out.append(item)
-    if left_out:
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item not in left_out]
 
 
 def pytest_terminal_summary(terminalreporter, config):
     if not config.option.faults:
         return
     rows = {}
-    for outcome, results in terminalreporter.stats.items():
-        for result in results:
+    for outcome in ("passed", "failed", "error", "skipped"):
+        for result in terminalreporter.getreports(outcome):
             properties = dict(getattr(result, "user_properties", ()))
-            known = outcome in ("passed", "failed", "error", "skipped")
-            if not known or "fault" not in properties:
+            if "fault" not in properties:
                 continue
             row = rows.setdefault(
                 properties["fault"], {"tried": 0, "held": 0, "skipped": 0}

@@ -6,7 +6,8 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from conftest import ROOT, small_model
+from conftest import ROOT
+from victim import small_model
 
 import report.demo
 import training

@@ -1,8 +1,9 @@
-"""Train the small model on generated data: the process that `test_faults` kills.
+"""A small model on generated images, and the process that `test_faults` kills.
 
-    python tests/victim.py STAGE NUMBER
+    python tests/victim.py STAGE NUMBER [OPTION ...]
 
-It kills itself at its n-th training step, or at its n-th write of a file.
+It does what `train.py` does with these options, and kills itself at its n-th training
+step, or at its n-th write of a file.
 """
 
 import os
@@ -12,10 +13,22 @@ import sys
 import torch
 
 import report.demo
+import train
 import training
 import vision_transformer
+from vision_transformer import VisionTransformer
 
-BATCH_SIZE, LR, N_EPOCHS = 16, 1e-3, 3
+
+def small_model(seed=0, **changes):
+    """A Vision Transformer that trains in seconds, made from a seed."""
+    torch.manual_seed(seed)
+    sizes = {"layers": 1, "hidden_size": 32, "mlp_size": 48, "n_heads": 4, **changes}
+    return VisionTransformer(**sizes)
+
+
+def use_few_generated_images():
+    report.demo.SIZES = {True: 100, False: 40}
+    vision_transformer.CIFAR10 = report.demo.DemoCIFAR10
 
 
 def kill_now(*_):
@@ -60,13 +73,8 @@ def arm(stage, number):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    report.demo.SIZES = {True: 100, False: 40}
-    vision_transformer.CIFAR10 = report.demo.DemoCIFAR10
-    arm(sys.argv[1], int(float(sys.argv[2])))
-    torch.manual_seed(0)
-    small = {"layers": 1, "hidden_size": 32, "mlp_size": 48, "n_heads": 4}
-    model = vision_transformer.VisionTransformer(**small)
-    loaders = vision_transformer.make_loaders("data", BATCH_SIZE)
-    run = training.Run({"seed": 0})
-    cpu = torch.device("cpu")
-    vision_transformer.train(model, *loaders, LR, N_EPOCHS, cpu, run)
+    use_few_generated_images()
+    vision_transformer.VisionTransformer = small_model
+    stage, number, *options = sys.argv[1:]
+    arm(stage, int(float(number)))
+    sys.exit(train.main(options))
