@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import unicodedata
 import zipfile
 from io import BytesIO
 from pathlib import Path, PurePosixPath
@@ -143,25 +142,15 @@ def _members(submission, weights):
 
 
 def pack(members):
-    """Return a ZIP as bytes, the same for the same content.
-
-    ``members`` is a dict from file names without folder to bytes. A name that is none,
-    or that differs from another in case only, is refused.
-    """
-    names = {unicodedata.normalize("NFC", name): data for name, data in members.items()}
-    for name in names:
-        if not name or name.startswith(".") or set(name) & set('/\\:*?"<>|\0'):
-            raise UserError(f"{name!r} is no name for a file in the ZIP")
-    if len({name.casefold() for name in names}) < len(names):
-        raise UserError("two files of the ZIP differ only in upper and lower case")
+    """Return a ZIP of a dict from names to bytes, the same for the same content."""
     buffer = BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as file:
-        for name in sorted(names):
+        for name, data in sorted(members.items()):
             info = zipfile.ZipInfo(name, FIXED_TIME)
             info.compress_type = zipfile.ZIP_DEFLATED
             info.create_system = 3  # Unix, on every machine
             info.external_attr = 0o644 << 16
-            file.writestr(info, names[name])
+            file.writestr(info, data)
     return buffer.getvalue()
 
 

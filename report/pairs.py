@@ -181,7 +181,7 @@ def bring_together(script, notebook, keep=None):
             places = places or differences(script, notebook)
             raise UserError(
                 f"{notebook} and {script} were both edited, or were never the same "
-                f"({', '.join(places[:6])}{' and more' * (len(places) > 6)}): type the "
+                f"({', '.join(places[:4])}{' and more' * (len(places) > 4)}): type the "
                 "same again with KEEP=notebook or KEEP=script; the other one is copied "
                 f"into {KEPT.as_posix()} first"
             )

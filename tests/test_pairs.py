@@ -255,8 +255,10 @@ def test_where_both_were_edited_one_is_chosen_and_the_other_kept(edited, command
     edit_notebook(in_a_sentence, random.Random(0), "mine in the notebook")
     edit_script(in_a_sentence, random.Random(1), "mine in the script")
     before = NOTEBOOK.read_bytes(), SCRIPT.read_bytes()
-    with pytest.raises(UserError, match=r"cell \d+ of attention.*KEEP=notebook"):
+    with pytest.raises(UserError, match=r"KEEP=notebook or KEEP=script") as caught:
         COMMANDS[command](None)
+    named = re.findall(r'cell \d+ of (\S+) \(".+?"\)', str(caught.value))
+    assert named == ["attention.ipynb", "attention.py"], "only what was edited there"
     assert (NOTEBOOK.read_bytes(), SCRIPT.read_bytes()) == before
     assert not run(command, keep)
     [copy] = copies()

@@ -392,19 +392,6 @@ def test_a_pdf_that_only_lags_behind_is_made_again(ready, monkeypatch, lag):
         assert (b"# Mine.\n" in file.read("attention.py")) == (lag == "notebook")
 
 
-@pytest.mark.parametrize(
-    "names", [["../x"], ["a\\b"], ["C:x"], [""], [".x"], ["A", "a"]]
-)
-def test_names_that_harm_are_not_packed(names):
-    with pytest.raises(UserError):
-        bundle.pack(dict.fromkeys(names, b""))
-
-
-def test_names_are_packed_as_nfc():
-    with zipfile.ZipFile(io.BytesIO(bundle.pack({"u\u0308.txt": b""}))) as file:
-        assert file.namelist() == ["\u00fc.txt"]
-
-
 # --- Commands ------------------------------------------------------------------------
 
 
@@ -490,6 +477,7 @@ def test_make_hands_values_on_as_they_were_typed(project):
     assert "EPOCH is no option" in refused("train", "EPOCH=1")
     assert "'repot' is no command" in refused("repot")
     assert "LR is no option of report" in refused("report", "LR=1")
+    assert "weights is no option" in refused("zip", "weights=0")
 
 
 @pytest.mark.parametrize(
@@ -607,6 +595,9 @@ def test_without_data_the_report_takes_recorded_outputs(ready, monkeypatch, caps
     def execute(notebook, name):  # another test does
         executed.append(name)
         notebook.metadata["provenance"] = notebooks._provenance()
+        for cell in notebook.cells:
+            if cell.cell_type == "code":
+                cell.execution_count = 1
 
     monkeypatch.setattr(notebooks, "execute", execute)
     stored = Path("vision_transformer.ipynb").read_bytes()
@@ -619,6 +610,13 @@ def test_without_data_the_report_takes_recorded_outputs(ready, monkeypatch, caps
     assert Path("vision_transformer.ipynb").read_bytes() == stored
     assert set(executed) == {"attention.ipynb"}
     assert "not at hand" in " ".join(text_of(shown().pdf, last=1)[0].split())
+    assert "is not executed" not in said
+
+    replace_in("vision_transformer.py", "p, rows = ", "q, p, rows = 0, ")
+    build.report(shown())
+    number = re.search(r"Its cell (\d+) was edited", capsys.readouterr().out)[1]
+    with pytest.raises(UserError, match=f"cell {number}: .* with CIFAR-10 in data"):
+        bundle.make_zip(shown(), weights=False)
 
 
 @pytest.mark.fault("failing notebook cell")
