@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attention import SelfAttention, SelfAttention2d
+from attention import SelfAttention, SelfAttention2d, check_against_torch
 from figures import errors_against_torch
 
 # All sizes differ, so that no mix-up of two of them can go unnoticed
@@ -111,6 +111,13 @@ def test_agrees_with_torch_in_float64(sizes):
         SelfAttention2d(*sizes), torch.randn(2, 256, 5, 7), torch.float64
     )
     assert max(errors.values()) < 1e-10, errors
+
+
+def test_the_inline_test_notices_a_wrong_scaling():
+    layer = SelfAttention2d()
+    layer.head_dim = 1
+    with pytest.raises(AssertionError, match="scaling"):
+        check_against_torch(layer, torch.device("cpu"))
 
 
 def test_defaults_and_attributes_are_those_of_the_course():
