@@ -224,8 +224,8 @@ TRIALS = [
     *(
         Trial("final", name, make, batch_size=128, epochs=40, images=5_000)
         for name, make in {
-            "today": "default",
-            "zero branches": "zero_branches",
+            "full branches, MLP dropout": "default",
+            "zero branches, MLP dropout": "zero_branches",
             "zero branches, paper dropout": "zero_branches_paper_dropout",
             "zero branches, patch gain 1, paper dropout": (
                 "zero_branches_gain_1_paper_dropout"
