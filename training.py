@@ -15,6 +15,7 @@ import datetime
 import hashlib
 import io
 import json
+import math
 import os
 import platform
 import signal
@@ -31,6 +32,7 @@ import safetensors
 import safetensors.torch
 import torch
 import torchvision
+from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
@@ -157,21 +159,58 @@ def probe(model):
     return copy.deepcopy(model).cpu().float().eval()(images).tolist()
 
 
-def load_weights(model, state, logits, source):
-    """Load a state dict, and check that the model answers ``probe`` as it did.
+def traits(model):
+    """Return what weights do not show: how a new model begins, where it drops out.
 
-    Raises ``UserError`` and leaves the model as it was if these are not its weights.
+    The standard deviation of every parameter, and p of every dropout, by their names.
+    """
+    return {
+        "begins": {
+            name: value.detach().double().std(correction=0).item()
+            for name, value in model.named_parameters()
+        },
+        "drops_out": {
+            name: module.p
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Dropout)
+        },
+    }
+
+
+def _check_traits(now, then):
+    begins, drops_out = then.get("begins", {}), then.get("drops_out", {})
+    for name, value in now["begins"].items():
+        if not math.isclose(value, begins.get(name, math.nan), rel_tol=0.25):
+            raise RuntimeError(
+                f"{name} begins with standard deviation {value:.2g} here, and with "
+                f"{begins.get(name, math.nan):.2g} there"
+            )
+    for name in sorted(drops_out.keys() | now["drops_out"].keys()):
+        here, there = now["drops_out"].get(name, 0), drops_out.get(name, 0)
+        if here != there:
+            raise RuntimeError(
+                f"{name} drops out {here:.0%} of the features here, {there:.0%} there"
+            )
+
+
+def load_weights(model, state, recorded, source):
+    """Load a state dict into a new model, if it is that of the record.
+
+    ``recorded`` holds its ``traits``, and its ``probe`` with these weights. Raises
+    ``UserError`` and leaves the model as it was if these are not its weights.
     """
     before = copy.deepcopy(model.state_dict())
+    new = traits(model)
     try:
         model.load_state_dict(state)
-        now, then = torch.tensor(probe(model)), torch.tensor(logits)
+        now, then = torch.tensor(probe(model)), torch.tensor(recorded["probe_logits"])
         difference = (now - then).abs().max().item()
         if not difference <= PROBE_TOLERANCE:
             raise RuntimeError(
                 f"its logits differ by {difference:.2g}, {PROBE_TOLERANCE:g} would be "
                 "rounding"
             )
+        _check_traits(new, recorded)
     except RuntimeError as error:
         model.load_state_dict(before)
         reason = str(error).split("\n")[0]
@@ -201,6 +240,7 @@ def read_history(folder):
     epoch_seconds      duration of every epoch, validation included; ``seconds`` is
                        their sum
     parameters         number of parameters of the model
+    begins, drops_out  how it began, and where it drops out: see ``traits``
     device, machine    where it ran; ``versions`` of Python and the libraries
     date               when it ended, UTC, ISO 8601
     probe_logits       see ``probe``
@@ -251,7 +291,7 @@ def load_record(folder, settings, model):
             "restore both, or train the run in another folder"
         )
     state = safetensors.torch.load(path.read_bytes())
-    load_weights(model, state, history["probe_logits"], path)
+    load_weights(model, state, history, path)
     return model, history
 
 
@@ -519,13 +559,15 @@ class Run:
                 "format": FORMAT,
                 **{name: [] for name in (*lists, "epoch_seconds")},
                 "parameters": sum(p.numel() for p in self.model.parameters()),
+                **traits(self.model),
             }
             self._save()  # an interruption in the first epoch must find its beginning
             return
         path = self.checkpoint.path
         self.history = state["history"]
         _check_settings(path, self.history, {**self.settings, "format": FORMAT})
-        load_weights(self.model, state["model"], state["probe_logits"], path)
+        recorded = {**self.history, "probe_logits": state["probe_logits"]}
+        load_weights(self.model, state["model"], recorded, path)
         self.optimizer.load_state_dict(state["optimizer"])
         for name, module in self._random().items():
             if name in state["random"]:  # not so after a change of device

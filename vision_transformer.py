@@ -156,6 +156,7 @@ class SelfAttentionTransformerBlock(nn.Module):
             nn.Sequential(
                 nn.LayerNorm(hidden_size),
                 SelfAttention(hidden_size, dim_head, dim_head, n_heads),
+                Dropout(p_dropout),
             )
         )
         self.feed_forward = ResidualModule(
@@ -167,8 +168,8 @@ class SelfAttentionTransformerBlock(nn.Module):
 
     def forward(self, x, keep=None):
         """Return the first ``keep`` of the new tokens, by default all: (B, keep, D)."""
-        norm, attention = self.attention.inner_module
-        x = attention(norm(x), keep) + x[:, :keep]  # z' = MSA(LN(z)) + z
+        norm, attention, dropout = self.attention.inner_module
+        x = dropout(attention(norm(x), keep)) + x[:, :keep]  # z' = MSA(LN(z)) + z
         x = self.feed_forward(x)  # z'' = MLP(LN(z')) + z'
         return x
 
@@ -206,22 +207,24 @@ class VisionTransformer(nn.Module):
         self.image_size = image_size
         self.num_patches = (image_size // patch_size) ** 2  # L
 
+        self.patch_embedding = nn.Linear(in_channels * patch_size**2, hidden_size)
+        self.class_token = nn.Parameter(torch.empty(1, 1, hidden_size))
+        self.position_embedding = nn.Parameter(  # row 0 is the class token's
+            torch.empty(1, 1 + self.num_patches, hidden_size)
+        )
+        self.dropout = Dropout(p_dropout)
         self.blocks = nn.ModuleList(
             SelfAttentionTransformerBlock(hidden_size, mlp_size, n_heads, p_dropout)
             for _ in range(layers)
         )
-        self.patch_embedding = nn.Linear(in_channels * patch_size**2, hidden_size)
-        self.position_embedding = nn.Parameter(
-            torch.randn(1, self.num_patches, hidden_size)  # N(0, 1): the exercise
-        )
-        self.class_position = nn.Parameter(torch.randn(1, 1, hidden_size))
-        self.class_token = nn.Parameter(torch.zeros(1, 1, hidden_size))
         self.norm = nn.LayerNorm(hidden_size)
         self.head = nn.Linear(hidden_size, num_classes)
         self.initialize()
 
     def initialize(self):
-        """Draw the weights, which the exercise leaves open: trials chose them."""
+        """Draw all weights; what the exercise leaves open was chosen by trials."""
+        nn.init.normal_(self.position_embedding)  # N(0, 1): the exercise
+        nn.init.zeros_(self.class_token)  # as in the authors' code
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)  # Glorot and Bengio (2010)
@@ -229,6 +232,10 @@ class VisionTransformer(nn.Module):
                     nn.init.zeros_(module.bias)
         # Positions of variance 1 would drown what the patches show
         nn.init.xavier_uniform_(self.patch_embedding.weight, gain=3)
+        # Every block begins as the identity: Zhang et al. (2019), "Fixup"
+        for block in self.blocks:
+            nn.init.zeros_(block.attention.inner_module[1].out.weight)
+            nn.init.zeros_(block.feed_forward.inner_module[1].layers[3].weight)
 
     def patchify(self, x):
         """Turn images (B, C, H, W) into tokens (B, L, D) that know their position."""
@@ -242,14 +249,14 @@ class VisionTransformer(nn.Module):
             p=p,
             q=p,
         )
-        return self.patch_embedding(patches) + self.position_embedding
+        return self.patch_embedding(patches) + self.position_embedding[:, 1:]
 
     def forward(self, x):
         """Classify images (B, C, H, W): logits (B, num_classes)."""
         tokens = self.patchify(x)  # (B, L, D)
-        class_token = self.class_token + self.class_position  # (1, 1, D)
+        class_token = self.class_token + self.position_embedding[:, :1]  # (1, 1, D)
         class_token = repeat(class_token, "1 1 D -> B 1 D", B=len(x))
-        x = torch.cat([class_token, tokens], dim=1)  # (B, 1 + L, D)
+        x = self.dropout(torch.cat([class_token, tokens], dim=1))  # (B, 1 + L, D)
 
         *blocks, last_block = self.blocks
         for block in blocks:
@@ -326,7 +333,7 @@ def test_patch_order(device):
         for j in range(8):
             patch = images[:, :, 4 * i : 4 * i + 4, 4 * j : 4 * j + 4]
             expected = model.patch_embedding(patch.permute(0, 2, 3, 1).flatten(1))
-            expected = expected + model.position_embedding[:, 8 * i + j]
+            expected = expected + model.position_embedding[:, 1 + 8 * i + j]
             error = (tokens[:, 8 * i + j] - expected).abs().max().item()
             assert error < 1e-5, f"token {8 * i + j} is not patch ({i}, {j})"
     return "token 8 i + j is patch (i, j), for all 64"
@@ -338,7 +345,7 @@ def test_block(device):
     block = SelfAttentionTransformerBlock(64, 128, 4, 0.2)
     block = with_random_weights(block, device)
     z = torch.randn(2, 65, 64, device=device)
-    norm_1, attention = block.attention.inner_module
+    norm_1, attention, _ = block.attention.inner_module
     norm_2, mlp = block.feed_forward.inner_module
     expected = attention(norm_1(z)) + z
     expected = mlp(norm_2(expected)) + expected
@@ -378,12 +385,12 @@ def test_class_token(device):
     model = with_random_weights(VisionTransformer(), device)
     image = torch.randn(1, 3, 32, 32, device=device)
     before = model(image)
-    for parameter in (model.class_token, model.class_position):
-        change = torch.randn_like(parameter)  # a constant would vanish in a norm
-        parameter.add_(change)
+    for row in (model.class_token[0, 0], model.position_embedding[0, 0]):
+        change = torch.randn_like(row)  # a constant would vanish in a norm
+        row.add_(change)
         changed = (model(image) - before).abs().max().item()
         assert changed > 1e-4, "class token or position does not reach the logits"
-        parameter.sub_(change)
+        row.sub_(change)
     images = image.repeat(64, 1, 1, 1)  # in each of them, another patch is changed
     for n in range(64):
         i, j = n // 8 * 4, n % 8 * 4
