@@ -6,8 +6,10 @@ the model or its predictions are missing (None), either says so in one line inst
 
 import copy
 import functools
+import json
 import math
 import time
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -380,7 +382,7 @@ def cost_rows(model):
     inner = [
         (b.attention.inner_module, b.feed_forward.inner_module) for b in model.blocks
     ]
-    tokens = [model.position_embedding, model.class_position, model.class_token]
+    tokens = [model.position_embedding, model.class_token]
     parts = {
         "patch embedding": [model.patch_embedding],
         "positions and class token": [torch.nn.ParameterList(tokens)],
@@ -494,6 +496,33 @@ def plot_training(history):
         ax.grid(alpha=0.3)
     left.legend()
     right.legend(ncols=2, loc="upper center")
+    return figure
+
+
+def plot_before_and_after(history, before="bench/former/default.json"):
+    """Plot a run against that of the former model, which is read from its history."""
+    if not Path(before).is_file():
+        print(f"Not shown (before and after): {before} is not here.")
+        return None
+    former = json.loads(Path(before).read_text(encoding="utf-8"))
+    figure, (left, right) = _panels(2.6)
+    for run, name, color in ((former, "before", GREY), (history, "after", BLUE)):
+        n_epochs = len(run["val_accs"])
+        epochs = np.arange(1, n_epochs + 1)
+        losses = np.reshape(run["train_losses"], (n_epochs, -1)).mean(axis=1)
+        left.plot(epochs, losses, color=color, label=name)
+        for key, style, how in (
+            ("val_accs_eval", "--", "model.eval()"),
+            ("val_accs", "-", "recipe"),
+        ):
+            percent = [100 * accuracy for accuracy in run[key]]
+            right.plot(epochs, percent, style, color=color, label=f"{name}, {how}")
+    left.set(xlabel="epoch", ylabel="training cross-entropy / nats", ylim=(0, None))
+    right.set(xlabel="epoch", ylabel="validation accuracy / %")
+    for ax in (left, right):
+        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.grid(alpha=0.3)
+        ax.legend()
     return figure
 
 
@@ -690,7 +719,7 @@ def plot_position_similarity(model, history):
     Dosovitskiy et al. (2021), Fig. 7 (centre); without the initial noise.
     """
     trained, initial = (
-        each.position_embedding.detach().cpu()[0]
+        each.position_embedding.detach().cpu()[0, 1:]
         for each in (model, initial_model(history))
     )
     figure, axes = _panels(3.6)

@@ -137,6 +137,11 @@ class FeedForwardBlock(nn.Module):
 
 
 # %% [markdown]
+# The exercise asks for the blocks of the paper, whose Appendix B.1 says where dropout
+# stands: after every linear layer except those of queries, keys and values, and directly
+# after the positions are added. So it also follows attention here, and the model below
+# applies it to its tokens.
+#
 # A block can compute the first tokens of its output only. The model uses this in its
 # last block: the classification head reads the class token only, so queries, output
 # projection and MLP of the other tokens would be wasted time. Keys and values are still
@@ -281,11 +286,15 @@ class VisionTransformer(nn.Module):
 # %% [markdown]
 # The exercise leaves open how the linear layers begin. Their weights are uniform with
 # the variance of Xavier initialisation
-# ([Glorot and Bengio, 2010](https://proceedings.mlr.press/v9/glorot10a.html)), their
-# biases zero, and the weights of the patch embedding three times larger: positions
-# begin with variance 1, as the exercise says, and would drown what the patches show.
-# The initialisation was chosen by short runs on held-out training images, never on the
-# test images. The class token begins at zero, as in the authors' code.
+# ([Glorot and Bengio, 2010](https://proceedings.mlr.press/v9/glorot10a.html)), and
+# their biases zero. There are two exceptions. The weights of the patch embedding are
+# three times larger: positions begin with variance 1, as the exercise says, and would
+# drown what the patches show. The last linear layer of each residual branch begins at
+# zero ([Zhang et al., 2019](https://arxiv.org/abs/1901.09321)): every block begins as
+# the identity, so patches and positions reach the head undisturbed, and the branches
+# grow as far as they help. Both were chosen by short runs on held-out training images,
+# never on the test images (Table 1). The class token begins at zero, as in the authors'
+# code.
 #
 # The next output lists parameters and operations. The operations are those of all
 # matrix products, counted while an image passes through the model. The last block costs

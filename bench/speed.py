@@ -57,9 +57,10 @@ def with_whole_last_block(model):
 
 def with_torch_dropout(model):
     """Take ``nn.Dropout`` in the place of ours."""
-    for block in model.blocks:
-        layers = block.feed_forward.inner_module[1].layers
-        layers[2], layers[4] = nn.Dropout(P_DROPOUT), nn.Dropout(P_DROPOUT)
+    for module in [*model.modules()]:
+        for name, child in module.named_children():
+            if isinstance(child, nn.Dropout):
+                setattr(module, name, nn.Dropout(child.p))
     return model
 
 
@@ -82,13 +83,14 @@ def torch_attention_vit():
     return with_whole_last_block(model)
 
 
-def only_mlp_dropout(model, mlp):
-    """Let dropout act only in modules with ``mlp`` in their name, as in our model."""
-    dropouts = {n: m for n, m in model.named_modules() if isinstance(m, nn.Dropout)}
-    for name, module in dropouts.items():
-        module.p = P_DROPOUT if mlp in name else 0.0
-    active = sum(module.p > 0 for module in dropouts.values())
-    assert active == 12, f"{active} active dropouts instead of 12"
+def with_our_dropout(model, *others):
+    """Let dropout act where it does in our model: not in modules of these names."""
+    active = 0
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0 if any(other in name for other in others) else P_DROPOUT
+            active += module.p > 0
+    assert active == 19, f"{active} active dropouts instead of 19"
     return model
 
 
@@ -96,7 +98,7 @@ def torchvision_vit():
     model = torchvision.models.VisionTransformer(
         32, 4, 6, 8, 256, 512, dropout=P_DROPOUT, num_classes=10
     )
-    return only_mlp_dropout(model, ".mlp.")
+    return with_our_dropout(model)
 
 
 def timm_vit():
@@ -113,7 +115,7 @@ def timm_vit():
         qkv_bias=False,
         proj_drop_rate=P_DROPOUT,
     )
-    return only_mlp_dropout(model, ".mlp.")
+    return with_our_dropout(model, "attn_drop", "head_drop")
 
 
 def vit_pytorch_vit():
@@ -130,7 +132,7 @@ def vit_pytorch_vit():
         mlp_dim=512,
         dropout=P_DROPOUT,
     )
-    return only_mlp_dropout(model, ".1.net.")
+    return with_our_dropout(model, ".0.dropout")  # of the attention weights
 
 
 MODELS = {

@@ -13,7 +13,6 @@ import json
 import math
 import sys
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -45,21 +44,23 @@ SEEDS = (1, 2)  # beside 0, that of the run in report/quick
 
 @dataclass
 class Trial:
-    """One run; ``make`` names its model in ``MODELS``."""
+    """One run of the model that is called ``name`` in ``MODELS``."""
 
     group: str
     name: str
-    make: str
+    epochs: int
+    images: int
     batch_size: int = 64
     lr: float = 3e-4
-    epochs: int = 2
-    images: int = 15_000
     seed: int = 0
 
     @property
     def stem(self):
         """The name of its file and of its folder."""
-        return f"{self.group} {self.name}".replace(",", "").replace(" ", "-")
+        stem = f"{self.group} {self.name}".replace(",", "").replace(" ", "-")
+        if self.group == "settings":
+            stem += f"-batch-{self.batch_size}-lr-{self.lr:.0e}".replace("e-0", "e-")
+        return stem + f"-seed-{self.seed}" * bool(self.seed)
 
     @property
     def path(self):
@@ -70,57 +71,56 @@ class Trial:
 # --- Models --------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def patches(model, factor):
-    """Scale the weights of the patch embedding."""
-    model.patch_embedding.weight.mul_(factor)
-    return model
+def new_model(**sizes):
+    """The model of the report: branches that begin at zero, the paper's dropout."""
+    return ours.VisionTransformer(**sizes)
 
 
-@torch.no_grad()
-def branches(model, factor):
-    """Scale the last linear layer of both residual branches of every block."""
+def full_branches(model, gain=1.0):
+    """Let the last layer of every branch begin as the other linear layers do."""
     for block in model.blocks:
-        block.attention.inner_module[1].out.weight.mul_(factor)
-        block.feed_forward.inner_module[1].layers[3].weight.mul_(factor)
+        nn.init.xavier_uniform_(block.attention.inner_module[1].out.weight, gain)
+        nn.init.xavier_uniform_(
+            block.feed_forward.inner_module[1].layers[3].weight, gain
+        )
     return model
 
 
-def zero_branches(gain=3):
-    """Every block begins as the identity: Zhang et al. (2019), "Fixup"."""
-    return patches(branches(ours.VisionTransformer(), 0), gain / 3)
-
-
-def gpt2_branches():
+def gpt2_branches(model):
     """Branches times 1 / sqrt(2N) in a model of N blocks: Radford et al. (2019)."""
-    model = ours.VisionTransformer()
-    return branches(model, 1 / math.sqrt(2 * len(model.blocks)))
+    return full_branches(model, 1 / math.sqrt(2 * len(model.blocks)))
 
 
-def pytorch():
-    """All linear layers as PyTorch initialises them."""
-    model = ours.VisionTransformer()
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            module.reset_parameters()
+def patches(model, gain):
+    """Begin with another gain of the patch embedding; that of the model is 3."""
+    nn.init.xavier_uniform_(model.patch_embedding.weight, gain)
     return model
 
 
 @torch.no_grad()
-def mimetic():
-    """PyTorch's initialisation, but attention begins as trained attention looks.
+def scale(model, layer, factor):
+    """Scale the weights of one linear layer of every attention."""
+    for block in model.blocks:
+        getattr(block.attention.inner_module[1], layer).weight.mul_(factor)
+    return model
 
-    Trockman and Kolter (2023), "Mimetic Initialization of Self-Attention Layers":
-    per head W_Q W_K^T is near 0.7 Z + 0.7 I, and W_V W_O near 0.4 Z - 0.4 I.
+
+def zero_head(model):
+    """Let all classes begin with the same probability."""
+    nn.init.zeros_(model.head.weight)
+    return model
+
+
+@torch.no_grad()
+def mimetic(model):
+    """Let attention begin as trained attention looks: Trockman and Kolter (2023).
+
+    Per head W_Q W_K^T is near 0.7 Z + 0.7 I, with random numbers Z. What they do to
+    W_V W_O is lost where W_O begins at zero.
     """
-    model = pytorch()
     for block in model.blocks:
         layer = block.attention.inner_module[1]
         size, rank = layer.embed_dim, layer.head_dim
-        noise = torch.randn(size, size) / math.sqrt(size)
-        u, s, vt = torch.linalg.svd(0.4 * noise - 0.4 * torch.eye(size))
-        layer.v.weight.copy_((u * s.sqrt()).T)
-        layer.out.weight.copy_((s.sqrt()[:, None] * vt).T)
         for head in range(layer.num_heads):
             rows = slice(head * rank, (head + 1) * rank)
             noise = torch.randn(size, size) / math.sqrt(rank)
@@ -130,27 +130,11 @@ def mimetic():
     return model
 
 
-class DropoutBefore(nn.Module):
-    """A block with dropout of its input."""
-
-    def __init__(self, block, p_dropout):
-        super().__init__()
-        self.dropout, self.block = ours.Dropout(p_dropout), block
-
-    def forward(self, x, keep=None):
-        return self.block(self.dropout(x), keep)
-
-
-def paper_dropout(model, p_dropout=0.2):
-    """Drop out also after attention's output and after the positions are added.
-
-    Dosovitskiy et al. (2021), Appendix B.1: after every dense layer except those for
-    queries, keys and values, and directly after adding the positions.
-    """
+def mlp_dropout(model):
+    """Drop out in the MLPs only, as the course's notebook names it."""
+    model.dropout.p = 0.0
     for block in model.blocks:
-        layer = block.attention.inner_module[1]
-        layer.out = nn.Sequential(layer.out, ours.Dropout(p_dropout))
-    model.blocks[0] = DropoutBefore(model.blocks[0], p_dropout)
+        block.attention.inner_module[2].p = 0.0
     return model
 
 
@@ -159,84 +143,72 @@ class PostNormBlock(nn.Module):
 
     def __init__(self, block):
         super().__init__()
-        self.attention_norm, self.attention = block.attention.inner_module
+        self.attention_norm, self.attention, self.dropout = block.attention.inner_module
         self.mlp_norm, self.mlp = block.feed_forward.inner_module
 
     def forward(self, x, keep=None):
-        x = self.attention_norm(x[:, :keep] + self.attention(x, keep))
+        attended = self.dropout(self.attention(x, keep))
+        x = self.attention_norm(x[:, :keep] + attended)
         return self.mlp_norm(x + self.mlp(x))
 
 
-def post_norm():
+def post_norm(model):
     """Layer norm behind each residual connection instead of in front of each layer."""
-    model = ours.VisionTransformer()
-    model.blocks = nn.ModuleList(PostNormBlock(block) for block in model.blocks)
+    model.blocks = nn.ModuleList(map(PostNormBlock, model.blocks))
     model.norm = nn.Identity()  # the last block normalises already
     return model
 
 
-def no_positions():
+def no_positions(model):
     """No positional embedding, neither for patches nor for the class token."""
-    model = ours.VisionTransformer()
-    for name, parameter in model.named_parameters():
-        if "position" in name:
-            nn.init.zeros_(parameter).requires_grad_(False)
+    nn.init.zeros_(model.position_embedding).requires_grad_(False)
     return model
 
 
-MODELS = {
-    "default": ours.VisionTransformer,
-    "pytorch": pytorch,
-    "mimetic": mimetic,
-    "loud_patches": lambda: patches(pytorch(), 3),
-    "xavier": lambda: patches(ours.VisionTransformer(), 1 / 3),
-    "zero_branches": zero_branches,
-    "zero_branches_gain_1": partial(zero_branches, gain=1),
-    "zero_branches_gain_2": partial(zero_branches, gain=2),
-    "zero_branches_gain_5": partial(zero_branches, gain=5),
-    "gpt2_branches": gpt2_branches,
-    "zero_branches_paper_dropout": lambda: paper_dropout(zero_branches()),
-    "zero_branches_gain_1_paper_dropout": lambda: paper_dropout(zero_branches(gain=1)),
-    "no_positions": no_positions,
-    "one_head": partial(ours.VisionTransformer, n_heads=1),
-    "patch_8": partial(ours.VisionTransformer, patch_size=8),
-    "patch_2": partial(ours.VisionTransformer, patch_size=2),
-    "no_dropout": partial(ours.VisionTransformer, p_dropout=0.0),
-    "post_norm": post_norm,
+FINALS = {
+    "full branches, MLP dropout": lambda: full_branches(mlp_dropout(new_model())),
+    "zero branches, MLP dropout": lambda: mlp_dropout(new_model()),
+    "zero branches, paper dropout": new_model,
 }
+SCREENS = {
+    "patch gain 3": lambda: mlp_dropout(new_model()),
+    "patch gain 1": lambda: patches(mlp_dropout(new_model()), 1),
+    "patch gain 2": lambda: patches(mlp_dropout(new_model()), 2),
+    "patch gain 5": lambda: patches(mlp_dropout(new_model()), 5),
+    "GPT-2 branches": lambda: gpt2_branches(mlp_dropout(new_model())),
+    "mimetic queries and keys": lambda: mimetic(mlp_dropout(new_model())),
+    "zero head": lambda: zero_head(mlp_dropout(new_model())),
+    "soft queries": lambda: scale(mlp_dropout(new_model()), "q", 0.2),
+}
+ABLATIONS = {
+    "the model": new_model,
+    "no positions": lambda: no_positions(new_model()),
+    "one head": lambda: new_model(n_heads=1),
+    "patch 8": lambda: new_model(patch_size=8),
+    "no dropout": lambda: new_model(p_dropout=0.0),
+    "MLP dropout only": lambda: mlp_dropout(new_model()),
+    "post-norm": lambda: post_norm(new_model()),
+    "full branches": lambda: full_branches(new_model()),
+}
+MODELS = {**FINALS, **SCREENS, **ABLATIONS}
+# Batch size and learning rate of the quick run
+SETTINGS = [(32, 2e-4), (32, 3e-4), (64, 3e-4), (64, 6e-4), (128, 6e-4)]
 
 
 # --- Running -------------------------------------------------------------------------
 
 TRIALS = [
-    Trial("init", "pytorch", "pytorch"),
-    Trial("init", "mimetic", "mimetic"),
-    Trial("init", "loud patches", "loud_patches"),
-    Trial("init", "xavier", "xavier"),
-    Trial("init", "xavier, loud patches", "default"),
-    Trial("settings", "batch 32, lr 3e-4", "default", batch_size=32),
-    Trial("ablation", "no positions", "no_positions"),
-    Trial("ablation", "one head", "one_head"),
-    Trial("ablation", "patch 8", "patch_8"),
-    Trial("ablation", "no dropout", "no_dropout"),
-    Trial("ablation", "post norm", "post_norm"),
-    Trial("ablation", "patch 2", "patch_2"),
+    *(Trial("screen", name, epochs=1, images=15_000) for name in SCREENS),
+    *(Trial("final", name, 40, 5_000, batch_size=128) for name in FINALS),
     *(
-        Trial("final", name, make, batch_size=128, epochs=40, images=5_000)
-        for name, make in {
-            "full branches, MLP dropout": "default",
-            "zero branches, MLP dropout": "zero_branches",
-            "zero branches, paper dropout": "zero_branches_paper_dropout",
-            "zero branches, patch gain 1, paper dropout": (
-                "zero_branches_gain_1_paper_dropout"
-            ),
-        }.items()
+        Trial("settings", "the model", 4, 45_000, batch_size, lr)
+        for batch_size, lr in SETTINGS
     ),
-    Trial("screen", "zero branches, patch gain 3", "zero_branches", epochs=1),
-    Trial("screen", "zero branches, patch gain 1", "zero_branches_gain_1", epochs=1),
-    Trial("screen", "zero branches, patch gain 2", "zero_branches_gain_2", epochs=1),
-    Trial("screen", "zero branches, patch gain 5", "zero_branches_gain_5", epochs=1),
-    Trial("screen", "GPT-2 scaling", "gpt2_branches", epochs=1),
+    *(
+        Trial("ablation", name, 20, 5_000, batch_size=128, seed=seed)
+        for name in ABLATIONS
+        for seed in ((0, 1, 2) if name == "the model" else (0,))
+    ),
 ]
 
 
@@ -258,7 +230,7 @@ def loaders(trial, cache_dir):
 def run(trial, cache_dir, device):
     """Train and judge one trial, or continue it; return its record."""
     torch.manual_seed(trial.seed)
-    model = MODELS[trial.make]().to(device)
+    model = MODELS[trial.name]().to(device)
     training_run = Run(asdict(trial), RUNS / trial.stem)
     train_loader, held_out = loaders(trial, cache_dir)
     if training_run.is_finished:

@@ -70,6 +70,7 @@ def drawn():
         figures.plot_architecture: (model,),
         figures.plot_patches: (report.demo.DemoCIFAR10, "data", 4),
         figures.plot_training: (HISTORY,),
+        figures.plot_before_and_after: (HISTORY, ROOT / "bench/former/default.json"),
         figures.plot_confusion: (predictions,),
         figures.plot_calibration: (predictions,),
         figures.plot_predictions: (predictions,),
@@ -237,10 +238,10 @@ def test_collected_weights_are_those_of_the_model():
     assert weights.shape == (3, 2, 4, 65, 65)
     torch.testing.assert_close(weights.sum(-1), torch.ones(3, 2, 4, 65))
     x = model.patchify(images)
-    token = (model.class_token + model.class_position).expand(2, -1, -1)
+    token = (model.class_token + model.position_embedding[:, :1]).expand(2, -1, -1)
     x = torch.cat([token, x], dim=1)
     for number, block in enumerate(model.blocks):
-        norm, attention = block.attention.inner_module
+        norm, attention, _ = block.attention.inner_module
         expected = attention(norm(x), need_weights=True)[1]
         torch.testing.assert_close(weights[number], expected)
         x = block(x)

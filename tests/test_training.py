@@ -102,11 +102,17 @@ def test_a_record_of_another_model_or_other_settings_is_refused(workplace):
     with pytest.raises(UserError, match="weights of another model"):
         load(small_model(hidden_size=16))
     silent = small_model()  # the same names and sizes, but another computation
-    silent.blocks[0].attention.inner_module[0].eps = 10.0
+    silent.norm.eps = 10.0
     before = copy.deepcopy(silent)
     with pytest.raises(UserError, match="logits differ"):
         load(silent)
     assert_same_weights(silent, before)
+    with pytest.raises(UserError, match="drops out 10% of the features here, 20%"):
+        load(small_model(p_dropout=0.1))
+    loud = small_model()
+    torch.nn.init.normal_(loud.head.weight)
+    with pytest.raises(UserError, match="weight begins with standard deviation"):
+        load(loud)
 
 
 def test_a_record_beside_the_notebooks_is_found_without_weights_too(workplace):

@@ -58,8 +58,8 @@ def test_a_trial_is_judged_by_images_that_it_never_trains_on(workplace, monkeypa
         return shuffle(60 if n == 50_000 else n, **options)
 
     monkeypatch.setattr(torch, "randperm", of_sixty)
-    monkeypatch.setitem(trials.MODELS, "small", small_model)
-    trial = trials.Trial("x", "y, z", "small", batch_size=8, epochs=2, images=30)
+    monkeypatch.setitem(trials.MODELS, "y, z", small_model)
+    trial = trials.Trial("x", "y, z", epochs=2, images=30, batch_size=8)
     train_loader, held_out = trials.loaders(trial, "data")
     assert len(train_loader.dataset) == 30
     assert len(held_out.dataset) == 10
@@ -73,10 +73,10 @@ def test_a_trial_is_judged_by_images_that_it_never_trains_on(workplace, monkeypa
     assert trial.path.name == "x-y-z.json"
 
 
-@pytest.mark.parametrize("make", trials.MODELS)
-def test_the_variants_are_models_that_learn(make):
+@pytest.mark.parametrize("name", trials.MODELS)
+def test_the_variants_are_models_that_learn(name):
     torch.manual_seed(0)
-    model = trials.MODELS[make]()
+    model = trials.MODELS[name]()
     images, labels = torch.randn(2, 3, 32, 32), torch.arange(2)
     logits = model(images)
     assert logits.shape == (2, 10)
@@ -87,28 +87,40 @@ def test_the_variants_are_models_that_learn(make):
 
 def test_variants_differ_as_their_names_say():
     make = trials.MODELS
-    torch.manual_seed(0)
-    default = make["default"]()
-    torch.manual_seed(0)
-    xavier = make["xavier"]()
-    ratio = default.patch_embedding.weight / xavier.patch_embedding.weight
-    torch.testing.assert_close(ratio, torch.full_like(ratio, 3))
-    assert make["no_positions"]().position_embedding.abs().max() == 0
-    assert make["patch_2"]().num_patches == 256
-    assert make["patch_8"]().num_patches == 16
-    assert make["one_head"]().blocks[0].attention.inner_module[1].num_heads == 1
-    layer = make["mimetic"]().blocks[0].attention.inner_module[1]
-    product = layer.out.weight @ layer.v.weight  # of one value and output map
-    assert product.diagonal().mean() < -0.2
+    begins = {name: training.traits(make[name]())["begins"] for name in make}
+    patch = {name: begins[name]["patch_embedding.weight"] for name in make}
+    for gain in (1, 2, 5):
+        ratio = patch["the model"] / patch[f"patch gain {gain}"]
+        assert ratio == pytest.approx(3 / gain, rel=0.05)
+    branch = {
+        n: b.get("blocks.5.attention.inner_module.1.out.weight")
+        for n, b in begins.items()
+    }
+    assert branch["the model"] == branch["zero branches, MLP dropout"] == 0
+    full = branch["full branches, MLP dropout"]
+    assert full == pytest.approx(
+        begins["the model"]["blocks.5.attention.inner_module.1.q.weight"], rel=0.05
+    )
+    assert branch["full branches"] == pytest.approx(full, rel=0.05)
+    assert branch["GPT-2 branches"] == pytest.approx(full / 12**0.5, rel=0.05)
+    assert (
+        begins["zero head"]["head.weight"]
+        == begins["no positions"]["position_embedding"]
+        == 0
+    )
+    assert make["patch 8"]().num_patches == 16
+    assert make["one head"]().blocks[0].attention.inner_module[1].num_heads == 1
+    layer = make["mimetic queries and keys"]().blocks[0].attention.inner_module[1]
+    product = layer.q.weight[:32].T @ layer.k.weight[:32]  # of one head
+    assert product.diagonal().mean() > 0.05
     tokens = torch.randn(2, 65, 256)
-    out = make["post_norm"]().blocks[0](tokens)
+    out = make["post-norm"]().blocks[0](tokens)
     assert out.mean(-1).abs().max() < 1e-4
     assert (out.var(-1) - 1).abs().max() < 0.05
-    block = make["zero_branches"]().blocks[0]
-    assert torch.equal(block(tokens), tokens), "it begins as the identity"
-    dropouts = [
-        module.p
-        for module in make["zero_branches_paper_dropout"]().modules()
-        if isinstance(module, torch.nn.Dropout)
-    ]
-    assert dropouts == [0.2] * (3 * 6 + 1)
+    active = {
+        name: [p for p in training.traits(make[name]())["drops_out"].values() if p]
+        for name in make
+    }
+    assert active["the model"] == active["post-norm"] == [0.2] * 19
+    assert active["MLP dropout only"] == active["patch gain 3"] == [0.2] * 12
+    assert active["no dropout"] == []

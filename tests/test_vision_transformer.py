@@ -33,15 +33,14 @@ def reference(model, x, n_heads):
     """Eq. 1 to 4 of Dosovitskiy et al. (2021), from the parameters alone."""
     p, state = model.patch_size, dict(model.named_parameters())
     rows, columns = x.shape[2] // p, x.shape[3] // p
-    tokens = [state["class_token"][0, 0] + state["class_position"][0, 0]]
-    tokens = [token.expand(len(x), -1) for token in tokens]
+    positions = state["position_embedding"][0]
+    tokens = [(state["class_token"][0, 0] + positions[0]).expand(len(x), -1)]
     for i in range(rows):
         for j in range(columns):
             patch = x[:, :, i * p : (i + 1) * p, j * p : (j + 1) * p]
             flat = patch.permute(0, 2, 3, 1).flatten(1)
             weight, bias = (state[f"patch_embedding.{k}"] for k in ("weight", "bias"))
-            position = state["position_embedding"][0, i * columns + j]
-            tokens.append(flat @ weight.T + bias + position)
+            tokens.append(flat @ weight.T + bias + positions[1 + i * columns + j])
     z = torch.stack(tokens, dim=1)
     size = z.shape[-1] // n_heads
     for number in range(len(model.blocks)):
@@ -126,14 +125,38 @@ def test_defaults_are_those_of_the_course():
     assert model.patchify(x).shape == (2, 64, 256)
     assert model(x).shape == (2, 10)
     dropouts = [m for m in model.modules() if isinstance(m, nn.Dropout)]
-    assert [m.p for m in dropouts] == [0.2] * 12
+    assert [m.p for m in dropouts] == [0.2] * 19
 
 
-def test_positions_start_as_standard_normal():
+def test_positions_start_as_standard_normal_and_blocks_as_the_identity():
     torch.manual_seed(0)
-    position = VisionTransformer().position_embedding
+    model = VisionTransformer()
+    position = model.position_embedding
     assert abs(position.mean().item()) < 0.03
     assert abs(position.std().item() - 1) < 0.03
+    assert abs(model.class_token).max() == 0
+    tokens = torch.randn(2, 65, 256)
+    for block in model.blocks:
+        assert torch.equal(block(tokens), tokens)
+
+
+@torch.no_grad()
+def test_dropout_acts_where_the_paper_has_it():
+    torch.manual_seed(0)
+    model = small_model(p_dropout=0.5)
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(model.patchify(images), model.patchify(images))
+    inputs = []
+    model.blocks[0].register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
+    model(images)
+    dropped = inputs[0] == 0
+    assert 0.4 < dropped[:, 0].double().mean() < 0.6, "the class token's features"
+    assert 0.4 < dropped[:, 1:].double().mean() < 0.6, "those of the patches"
+    block = model.blocks[0]
+    nn.init.normal_(block.attention.inner_module[1].out.weight)
+    x = torch.randn(8, 65, 32)
+    attended = block.attention(x) - x
+    assert 0.4 < (attended == 0).double().mean() < 0.6, "after the output projection"
 
 
 @pytest.mark.parametrize("p", [0.0, 0.1, 0.2, 0.5, 0.9, 1 - 1e-9, 1.0])
