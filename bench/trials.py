@@ -174,14 +174,14 @@ FINALS = {
     "zero branches, paper dropout": new_model,
 }
 SCREENS = {
-    "patch gain 3": lambda: mlp_dropout(new_model()),
-    "patch gain 1": lambda: patches(mlp_dropout(new_model()), 1),
-    "patch gain 2": lambda: patches(mlp_dropout(new_model()), 2),
-    "patch gain 5": lambda: patches(mlp_dropout(new_model()), 5),
-    "GPT-2 branches": lambda: gpt2_branches(mlp_dropout(new_model())),
-    "mimetic queries and keys": lambda: mimetic(mlp_dropout(new_model())),
-    "zero head": lambda: zero_head(mlp_dropout(new_model())),
-    "soft queries": lambda: scale(mlp_dropout(new_model()), "q", 0.2),
+    "zero branches, patch gain 3": lambda: mlp_dropout(new_model()),
+    "zero branches, patch gain 1": lambda: patches(mlp_dropout(new_model()), 1),
+    "zero branches, patch gain 2": lambda: patches(mlp_dropout(new_model()), 2),
+    "zero branches, patch gain 5": lambda: patches(mlp_dropout(new_model()), 5),
+    "GPT-2 scaling": lambda: gpt2_branches(mlp_dropout(new_model())),
+    "zero branches, mimetic": lambda: mimetic(mlp_dropout(new_model())),
+    "zero branches, zero head": lambda: zero_head(mlp_dropout(new_model())),
+    "zero branches, soft queries": lambda: scale(mlp_dropout(new_model()), "q", 0.2),
 }
 ABLATIONS = {
     "the model": new_model,

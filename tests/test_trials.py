@@ -91,7 +91,7 @@ def test_variants_differ_as_their_names_say():
     begins = {name: training.traits(make[name]())["begins"] for name in make}
     patch = {name: begins[name]["patch_embedding.weight"] for name in make}
     for gain in (1, 2, 5):
-        ratio = patch["the model"] / patch[f"patch gain {gain}"]
+        ratio = patch["the model"] / patch[f"zero branches, patch gain {gain}"]
         assert ratio == pytest.approx(3 / gain, rel=0.05)
     branch = {
         n: b.get("blocks.5.attention.inner_module.1.out.weight")
@@ -103,15 +103,15 @@ def test_variants_differ_as_their_names_say():
         begins["the model"]["blocks.5.attention.inner_module.1.q.weight"], rel=0.05
     )
     assert branch["full branches"] == pytest.approx(full, rel=0.05)
-    assert branch["GPT-2 branches"] == pytest.approx(full / 12**0.5, rel=0.05)
+    assert branch["GPT-2 scaling"] == pytest.approx(full / 12**0.5, rel=0.05)
     assert (
-        begins["zero head"]["head.weight"]
+        begins["zero branches, zero head"]["head.weight"]
         == begins["no positions"]["position_embedding"]
         == 0
     )
     assert make["patch 8"]().num_patches == 16
     assert make["one head"]().blocks[0].attention.inner_module[1].num_heads == 1
-    layer = make["mimetic queries and keys"]().blocks[0].attention.inner_module[1]
+    layer = make["zero branches, mimetic"]().blocks[0].attention.inner_module[1]
     product = layer.q.weight[:32].T @ layer.k.weight[:32]  # of one head
     assert product.diagonal().mean() > 0.05
     tokens = torch.randn(2, 65, 256)
@@ -123,5 +123,9 @@ def test_variants_differ_as_their_names_say():
         for name in make
     }
     assert active["the model"] == active["post-norm"] == [0.2] * 19
-    assert active["MLP dropout only"] == active["patch gain 3"] == [0.2] * 12
+    assert (
+        active["MLP dropout only"]
+        == active["zero branches, patch gain 3"]
+        == [0.2] * 12
+    )
     assert active["no dropout"] == []
