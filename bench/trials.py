@@ -107,13 +107,12 @@ def pytorch():
 
 
 @torch.no_grad()
-def mimetic():
-    """PyTorch's initialisation, but attention begins as trained attention looks.
+def mimetic(model):
+    """Let attention begin as trained attention looks: Trockman and Kolter (2023).
 
-    Trockman and Kolter (2023), "Mimetic Initialization of Self-Attention Layers":
-    per head W_Q W_K^T is near 0.7 Z + 0.7 I, and W_V W_O near 0.4 Z - 0.4 I.
+    Per head W_Q W_K^T is near 0.7 Z + 0.7 I, with random numbers Z, and W_V W_O near
+    0.4 Z - 0.4 I.
     """
-    model = pytorch()
     for block in model.blocks:
         layer = block.attention.inner_module[1]
         size, rank = layer.embed_dim, layer.head_dim
@@ -127,6 +126,20 @@ def mimetic():
             u, s, vt = torch.linalg.svd(0.7 * noise + 0.7 * torch.eye(size))
             layer.q.weight[rows] = (u[:, :rank] * s[:rank].sqrt()).T
             layer.k.weight[rows] = s[:rank].sqrt()[:, None] * vt[:rank]
+    return model
+
+
+@torch.no_grad()
+def soft_queries(model):
+    """Let every token attend to nearly all alike."""
+    for block in model.blocks:
+        block.attention.inner_module[1].q.weight.mul_(0.2)
+    return model
+
+
+def zero_head(model):
+    """Let all classes begin with the same probability."""
+    nn.init.zeros_(model.head.weight)
     return model
 
 
@@ -187,16 +200,18 @@ def no_positions():
 MODELS = {
     "default": ours.VisionTransformer,
     "pytorch": pytorch,
-    "mimetic": mimetic,
+    "mimetic": lambda: mimetic(pytorch()),
     "loud_patches": lambda: patches(pytorch(), 3),
     "xavier": lambda: patches(ours.VisionTransformer(), 1 / 3),
     "zero_branches": zero_branches,
     "zero_branches_gain_1": partial(zero_branches, gain=1),
     "zero_branches_gain_2": partial(zero_branches, gain=2),
     "zero_branches_gain_5": partial(zero_branches, gain=5),
+    "zero_branches_mimetic": lambda: branches(mimetic(zero_branches()), 0),
+    "zero_branches_soft_queries": lambda: soft_queries(zero_branches()),
+    "zero_branches_zero_head": lambda: zero_head(zero_branches()),
     "gpt2_branches": gpt2_branches,
     "zero_branches_paper_dropout": lambda: paper_dropout(zero_branches()),
-    "zero_branches_gain_1_paper_dropout": lambda: paper_dropout(zero_branches(gain=1)),
     "no_positions": no_positions,
     "one_head": partial(ours.VisionTransformer, n_heads=1),
     "patch_8": partial(ours.VisionTransformer, patch_size=8),
@@ -227,16 +242,21 @@ TRIALS = [
             "full branches, MLP dropout": "default",
             "zero branches, MLP dropout": "zero_branches",
             "zero branches, paper dropout": "zero_branches_paper_dropout",
-            "zero branches, patch gain 1, paper dropout": (
-                "zero_branches_gain_1_paper_dropout"
-            ),
         }.items()
     ),
-    Trial("screen", "zero branches, patch gain 3", "zero_branches", epochs=1),
-    Trial("screen", "zero branches, patch gain 1", "zero_branches_gain_1", epochs=1),
-    Trial("screen", "zero branches, patch gain 2", "zero_branches_gain_2", epochs=1),
-    Trial("screen", "zero branches, patch gain 5", "zero_branches_gain_5", epochs=1),
-    Trial("screen", "GPT-2 scaling", "gpt2_branches", epochs=1),
+    *(
+        Trial("screen", name, make, epochs=1)
+        for name, make in {
+            "zero branches, patch gain 3": "zero_branches",
+            "zero branches, patch gain 1": "zero_branches_gain_1",
+            "zero branches, patch gain 2": "zero_branches_gain_2",
+            "zero branches, patch gain 5": "zero_branches_gain_5",
+            "zero branches, mimetic": "zero_branches_mimetic",
+            "zero branches, soft queries": "zero_branches_soft_queries",
+            "zero branches, zero head": "zero_branches_zero_head",
+            "GPT-2 scaling": "gpt2_branches",
+        }.items()
+    ),
 ]
 
 
