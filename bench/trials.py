@@ -101,10 +101,10 @@ def patches(model, gain):
 
 
 @torch.no_grad()
-def scale(model, layer, factor):
-    """Scale the weights of one linear layer of every attention."""
+def soft_queries(model):
+    """Let every token attend to nearly all alike."""
     for block in model.blocks:
-        getattr(block.attention.inner_module[1], layer).weight.mul_(factor)
+        block.attention.inner_module[1].q.weight.mul_(0.2)
     return model
 
 
@@ -181,7 +181,7 @@ SCREENS = {
     "GPT-2 scaling": lambda: gpt2_branches(mlp_dropout(new_model())),
     "zero branches, mimetic": lambda: mimetic(mlp_dropout(new_model())),
     "zero branches, zero head": lambda: zero_head(mlp_dropout(new_model())),
-    "zero branches, soft queries": lambda: scale(mlp_dropout(new_model()), "q", 0.2),
+    "zero branches, soft queries": lambda: soft_queries(mlp_dropout(new_model())),
 }
 ABLATIONS = {
     "the model": new_model,

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import os
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,16 @@ def test_two_processes_do_not_train_the_same_run(workplace):
     with lock, pytest.raises(UserError, match="another process is training"):
         go_on(small_model())
     go_on(small_model())
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows does not replace an open file")
+def test_who_has_a_file_open_reads_the_old_one_to_its_end(workplace):
+    training.write_whole("file", b"old" * 100)
+    with Path("file").open("rb", buffering=0) as file:
+        start = file.read(1)
+        training.write_whole("file", b"new")
+        assert start + file.read() == b"old" * 100, "moved into place, not written over"
+    assert only_files(Path()) == ["file"]
 
 
 # --- Records -------------------------------------------------------------------------
