@@ -648,6 +648,28 @@ def train_run(settings, cache_dir, device, folder=None):
 # The rest was not asked for: what the trained model does, what it has learned, and what
 # it lacks.
 #
+# ### Initialisation and dropout, before and after
+#
+# An earlier version of this model began with all branches at full size and dropped out
+# in its MLPs only. Figure 7 compares the two by the same recipe and from the same seed.
+# What the exercise fixes is the same: sizes, operations, number of parameters,
+# N(0, 1) positions, `p_dropout` and the recipe. The initialisation only says where
+# training begins, and in evaluation mode there is no dropout.
+
+# %% tags=["active-ipynb", "appendix"]
+# figures.plot_before_and_after(history);
+
+# %% [markdown] tags=["caption"]
+# **Figure 7.** The run above ("after") and that of the earlier version ("before"):
+# training loss (left) and validation accuracy (right) of every epoch, the latter as the
+# recipe measures it (solid) and in evaluation mode (dashed).
+# <!-- alt: Two plots against the epoch, each with a grey and a blue curve, or pair of
+# curves. TO BE WRITTEN -->
+
+# %% [markdown]
+# TO BE WRITTEN
+
+# %% [markdown]
 # ### The recorded weights, validated again
 #
 # The weights behind the record classify all 10,000 test images once more, on this
@@ -706,7 +728,7 @@ def verify(history, predictions):
 # figures.plot_confusion(predictions);
 
 # %% [markdown] tags=["caption"]
-# **Figure 7.** Confusion matrix on the 10,000 test images: the share of the images of
+# **Figure 8.** Confusion matrix on the 10,000 test images: the share of the images of
 # each class (row) that the model takes for each class (column).
 # <!-- alt: A matrix of ten by ten classes with a number in each field, darkest along
 # the diagonal. The lightest fields of the diagonal are those of cat and dog. Beside it
@@ -714,7 +736,7 @@ def verify(history, predictions):
 # other. -->
 
 # %% [markdown]
-# Right predictions stand on the diagonal of Figure 7. Off it, the model confuses what
+# Right predictions stand on the diagonal of Figure 8. Off it, the model confuses what
 # looks alike: cats and dogs most of all, then automobiles and trucks. Birds go to many
 # classes, to deer and frogs first. Ships are taken for airplanes, perhaps because sky
 # and water are both blue. But airplanes are taken for birds and trucks about as often
@@ -725,7 +747,7 @@ def verify(history, predictions):
 # figures.plot_calibration(predictions);
 
 # %% [markdown] tags=["caption"]
-# **Figure 8.** Left: reliability diagram, the share of right predictions against the
+# **Figure 9.** Left: reliability diagram, the share of right predictions against the
 # confidence (largest probability) of the predictions, in ten bins, after
 # [Guo et al., 2017](https://arxiv.org/abs/1706.04599); bins of fewer than ten images
 # are left out. Right: how many of the test images have which confidence.
@@ -735,7 +757,7 @@ def verify(history, predictions):
 
 # %% [markdown]
 # A calibrated model is right as often as it is confident. This one is overconfident,
-# most where its confidence is 70 to 90 %: its curve in Figure 8 runs below the
+# most where its confidence is 70 to 90 %: its curve in Figure 9 runs below the
 # diagonal. The recipe does not prevent that. Cross-entropy rewards confidence even on
 # training images that are already right, so longer training would be expected to make
 # it worse.
@@ -744,7 +766,7 @@ def verify(history, predictions):
 # figures.plot_predictions(predictions);
 
 # %% [markdown] tags=["caption"]
-# **Figure 9.** Test images with prediction and confidence above and the true class
+# **Figure 10.** Test images with prediction and confidence above and the true class
 # below: the surest right predictions, the least sure ones, and the surest wrong ones.
 # <!-- alt: Three rows of six small images, with the predicted class and its confidence
 # above each and the true class below. In the first row the objects fill their images;
@@ -752,7 +774,7 @@ def verify(history, predictions):
 # a frog labelled as a cat, deer, a boat on a street and the face of a cat. -->
 
 # %% [markdown]
-# In the images of which the model is surest, the object fills the image (Figure 9),
+# In the images of which the model is surest, the object fills the image (Figure 10),
 # and ships are on the water. It can be as sure of a wrong answer: a boat on a street
 # becomes an automobile, and the brown face of a cat on a brown background becomes a
 # frog. So high confidence is no reason to believe a prediction. One of the surest
@@ -761,8 +783,8 @@ def verify(history, predictions):
 # %% [markdown]
 # ### What it has learned
 #
-# Filters and positions begin as noise, and training moves them little. So Figures 10
-# and 11 show the trained values, and below or beside them what training changed. The
+# Filters and positions begin as noise, and training moves them little. So Figures 11
+# and 12 show the trained values, and below or beside them what training changed. The
 # initial values are drawn again from the seed; similarities near 1 show that they are
 # the same.
 
@@ -773,7 +795,7 @@ def verify(history, predictions):
 # figures.plot_filters(model, history);
 
 # %% [markdown] tags=["caption"]
-# **Figure 10.** Principal components of the filters of the patch embedding, most
+# **Figure 11.** Principal components of the filters of the patch embedding, most
 # important first (after Dosovitskiy et al., 2021, Fig. 7, left): of the trained filters
 # (above), and of what training changed in them (below).
 # <!-- alt: Twice fourteen small coloured squares of four by four pixels. Above, the
@@ -785,7 +807,7 @@ def verify(history, predictions):
 # figures.plot_position_similarity(model, history);
 
 # %% [markdown] tags=["caption"]
-# **Figure 11.** Cosine similarity of the positional embedding of each patch (one small
+# **Figure 12.** Cosine similarity of the positional embedding of each patch (one small
 # map each, in the order of the image) with those of all patches (after Dosovitskiy et
 # al., 2021, Fig. 7, centre): of the trained embeddings (left), and of what training
 # changed in them (right). The similarity with itself, 1, is beyond the scale.
@@ -798,7 +820,7 @@ def verify(history, predictions):
 # neighbourhoods in positions. The trained values here show little of it, because the
 # noise that they began with is still on top. What training changed shows the same as
 # the paper: in the filters plain colours first, then transitions from one to another
-# (Figure 10, below); and neighbouring positions changed alike (Figure 11, right). The
+# (Figure 11, below); and neighbouring positions changed alike (Figure 12, right). The
 # left and right edges changed alike, too, perhaps because images are flipped at random.
 # The noise need not do harm: random directions are nearly orthogonal, and so already
 # easy to tell apart.
@@ -807,7 +829,7 @@ def verify(history, predictions):
 # figures.plot_attention_distance(model, predictions);
 
 # %% [markdown] tags=["caption"]
-# **Figure 12.** Mean attention distance of every head against depth, over the first 256
+# **Figure 13.** Mean attention distance of every head against depth, over the first 256
 # test images (after Dosovitskiy et al., 2021, Fig. 7, right). Dotted: the distance of a
 # head that attends to all patches alike. The last block is left out: only the class
 # token attends there, and that has no place in the image.
@@ -817,7 +839,7 @@ def verify(history, predictions):
 
 # %% [markdown]
 # Attention may look far from the first block on, and here all heads do: their distances
-# in Figure 12 are not far below that of even attention, and no head looks only at its
+# in Figure 13 are not far below that of even attention, and no head looks only at its
 # surroundings. In the paper's figure, some heads look far from the start, but others
 # only at what is near. Such heads were not learned here, from 50,000 images.
 
@@ -825,7 +847,7 @@ def verify(history, predictions):
 # figures.plot_rollout(model, predictions);
 
 # %% [markdown] tags=["caption"]
-# **Figure 13.** The first test image of eight classes, and attention rollout as in
+# **Figure 14.** The first test image of eight classes, and attention rollout as in
 # [Abnar and Zuidema, 2020](https://arxiv.org/abs/2005.00928): the attention weights of
 # all blocks multiplied up, from the class token to each patch, relative to the largest
 # of the image.
@@ -834,7 +856,7 @@ def verify(history, predictions):
 # scattered in others. -->
 
 # %% [markdown]
-# Rollout (Figure 13) is bright on the object in some images only. It follows the
+# Rollout (Figure 14) is bright on the object in some images only. It follows the
 # attention weights and not what the values carry. So it shows from where information
 # could reach the class token, and does not prove that it did.
 
