@@ -107,25 +107,34 @@ def pytorch():
 
 
 @torch.no_grad()
-def mimetic(model):
-    """Let attention begin as trained attention looks: Trockman and Kolter (2023).
+def mimetic_keys(model):
+    """Let tokens find their like: per head W_Q W_K^T is near 0.7 Z + 0.7 I.
 
-    Per head W_Q W_K^T is near 0.7 Z + 0.7 I, with random numbers Z, and W_V W_O near
-    0.4 Z - 0.4 I.
+    Trockman and Kolter (2023), "Mimetic Initialization of Self-Attention Layers", with
+    random numbers Z.
     """
     for block in model.blocks:
         layer = block.attention.inner_module[1]
         size, rank = layer.embed_dim, layer.head_dim
-        noise = torch.randn(size, size) / math.sqrt(size)
-        u, s, vt = torch.linalg.svd(0.4 * noise - 0.4 * torch.eye(size))
-        layer.v.weight.copy_((u * s.sqrt()).T)
-        layer.out.weight.copy_((s.sqrt()[:, None] * vt).T)
         for head in range(layer.num_heads):
             rows = slice(head * rank, (head + 1) * rank)
             noise = torch.randn(size, size) / math.sqrt(rank)
             u, s, vt = torch.linalg.svd(0.7 * noise + 0.7 * torch.eye(size))
             layer.q.weight[rows] = (u[:, :rank] * s[:rank].sqrt()).T
             layer.k.weight[rows] = s[:rank].sqrt()[:, None] * vt[:rank]
+    return model
+
+
+@torch.no_grad()
+def mimetic_values(model):
+    """Likewise W_V W_O near 0.4 Z - 0.4 I."""
+    for block in model.blocks:
+        layer = block.attention.inner_module[1]
+        size = layer.embed_dim
+        noise = torch.randn(size, size) / math.sqrt(size)
+        u, s, vt = torch.linalg.svd(0.4 * noise - 0.4 * torch.eye(size))
+        layer.v.weight.copy_((u * s.sqrt()).T)
+        layer.out.weight.copy_((s.sqrt()[:, None] * vt).T)
     return model
 
 
@@ -200,14 +209,14 @@ def no_positions():
 MODELS = {
     "default": ours.VisionTransformer,
     "pytorch": pytorch,
-    "mimetic": lambda: mimetic(pytorch()),
+    "mimetic": lambda: mimetic_values(mimetic_keys(pytorch())),
     "loud_patches": lambda: patches(pytorch(), 3),
     "xavier": lambda: patches(ours.VisionTransformer(), 1 / 3),
     "zero_branches": zero_branches,
     "zero_branches_gain_1": partial(zero_branches, gain=1),
     "zero_branches_gain_2": partial(zero_branches, gain=2),
     "zero_branches_gain_5": partial(zero_branches, gain=5),
-    "zero_branches_mimetic": lambda: branches(mimetic(zero_branches()), 0),
+    "zero_branches_mimetic": lambda: mimetic_keys(zero_branches()),
     "zero_branches_soft_queries": lambda: soft_queries(zero_branches()),
     "zero_branches_zero_head": lambda: zero_head(zero_branches()),
     "gpt2_branches": gpt2_branches,
