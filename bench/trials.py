@@ -301,7 +301,6 @@ def run(trial, cache_dir, device):
     return {
         **asdict(trial),
         "train_losses": losses.view(trial.epochs, -1).mean(dim=1).tolist(),
-        "validated_epochs": list(range(1, trial.epochs + 1)),
         "held_out_accs": history["val_accs"],
         "held_out_accs_eval": history["val_accs_eval"],
         "held_out_losses": history["val_losses_eval"],
