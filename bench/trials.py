@@ -256,6 +256,7 @@ TRIALS = [
     *(
         Trial("screen", name, make, epochs=1)
         for name, make in {
+            "full branches, patch gain 3": "default",
             "zero branches, patch gain 3": "zero_branches",
             "zero branches, patch gain 1": "zero_branches_gain_1",
             "zero branches, patch gain 2": "zero_branches_gain_2",
