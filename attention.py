@@ -203,13 +203,12 @@ def test_multi_head(device):
 
 
 # %% tags=["appendix"]
-def run_unit_tests(*tests, device=None):
+def run_unit_tests(*tests):
     """Run tests, print a line for each, and raise AssertionError if any failed.
 
     A test is a function ``test_...(device)`` that returns its evidence or raises.
     """
-    device = device or choose_device()
-    failed = []
+    device, failed = choose_device(), []
     for test in tests:
         name = test.__name__[len("test_") :].replace("_", " ")
         torch.manual_seed(0)
@@ -316,7 +315,7 @@ if __name__ == "__main__":
 # and measures time and memory beside them.
 
 # %% tags=["active-ipynb", "appendix"]
-# figures.plot_cost(sides=[8, 16, 32, 48], device=device);
+# figures.plot_cost(sides=[8, 16, 32, 48]);
 
 # %% [markdown] tags=["caption"]
 # **Figure 3.** Cost of `SelfAttention2d` with its defaults ($D = 256$) on one grid of

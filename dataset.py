@@ -47,8 +47,9 @@ def fetch(dataset, cache_dir, sources=SOURCES):
     if is_present(dataset, cache_dir):
         return
     archive = Path(cache_dir, ARCHIVE_NAME)
-    for path in archive.parent.glob(".cifar-10-*"):  # of a process that was killed
-        path.unlink()
+    for path in archive.parent.glob(".cifar-10-*"):
+        if time.time() - path.stat().st_mtime > 60:  # of a process that was killed
+            path.unlink(missing_ok=True)
     tried = []
     if archive.exists() and not check_integrity(archive, ARCHIVE_MD5):
         tried.append(f"{archive}: wrong MD5, so it is incomplete or another file")
@@ -106,9 +107,8 @@ def _download(url, path):
     thread = threading.Thread(target=transfer, daemon=True)
     thread.start()
     before, since = 0, time.monotonic()
-    host = url.split("/")[2:3]
     bar = tqdm(
-        desc=f"CIFAR-10 from {''.join(host)}",
+        desc=f"CIFAR-10 from {httpx.URL(url).host}",
         total=ARCHIVE_BYTES,
         unit="B",
         unit_scale=True,

@@ -132,6 +132,8 @@ class Checkpoint:
                     if archive.testzip():
                         raise ValueError("a checksum does not match")
                 return torch.load(io.BytesIO(content), "cpu", weights_only=True)
+            except MemoryError:  # says nothing of the file
+                raise
             except Exception as error:  # whatever a damaged file makes a reader raise
                 reason = str(error).split("\n")[0]
                 print(f"{path} is damaged ({reason}) and deleted", flush=True)
@@ -461,6 +463,10 @@ class Run:
         Weights, optimiser and random numbers are restored as they were after the last
         full epoch, so an interrupted run ends bit for bit as an uninterrupted one.
         """
+        if not steps_per_epoch:
+            raise UserError(
+                "a batch would hold more than all training images: choose a smaller one"
+            )
         self.model, self.optimizer = model, optimizer
         self.checkpoint = Checkpoint(self.folder)
         with self._locked():
@@ -495,7 +501,7 @@ class Run:
         Accuracy as the recipe measures it, in [0, 1]; logits (N, num_classes) in
         evaluation mode, and labels (N,).
         """
-        losses = torch.stack(self._losses).tolist() if self._losses else []
+        losses = torch.stack(self._losses).tolist()
         measured = {
             "val_accs": accuracy,
             "val_accs_eval": (logits.argmax(dim=-1) == labels).double().mean().item(),
@@ -508,7 +514,7 @@ class Run:
         self._save()
         self.progress.say(
             f"epoch {self.epochs_done:>3}: "
-            f"loss {sum(losses) / max(len(losses), 1):.3f}, validation accuracy "
+            f"loss {sum(losses) / len(losses):.3f}, validation accuracy "
             f"{accuracy:.4f} (recipe), {measured['val_accs_eval']:.4f} (eval), "
             f"{measured['epoch_seconds']:.0f} s"
         )
@@ -523,21 +529,21 @@ class Run:
         lock = filelock.FileLock(self.folder / ".lock", timeout=0)
         with _files(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire()
-        except filelock.Timeout:
-            raise UserError(
-                f"another process is training the run in {self.folder}: wait for it, "
-                "or end it"
-            ) from None
+            try:
+                lock.acquire()
+            except filelock.Timeout:  # an OSError, too
+                raise UserError(
+                    f"another process is training the run in {self.folder}: wait for "
+                    "it, or end it"
+                ) from None
         try:
             for path in self.folder.glob(".*.part"):  # of a process that was killed
                 path.unlink(missing_ok=True)
             yield
         finally:
-            lock.release()
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError):  # while it is ours: first this
                 Path(lock.lock_file).unlink()
+            lock.release()
 
     def _save(self):
         self.checkpoint.save(
@@ -584,11 +590,7 @@ class Run:
         return next(self.model.parameters()).device.type
 
     def _record(self):
-        weights = {
-            name: value.detach().cpu().contiguous()
-            for name, value in self.model.state_dict().items()
-        }
-        content = safetensors.torch.save(weights)
+        content = safetensors.torch.save(self.model.state_dict())
         device = self._device()
         name = torch.cuda.get_device_name() if device == "cuda" else processor_name()
         self.history.update(

@@ -174,6 +174,7 @@ FINALS = {
     "zero branches, paper dropout": new_model,
 }
 SCREENS = {
+    "full branches, patch gain 3": lambda: full_branches(mlp_dropout(new_model())),
     "zero branches, patch gain 3": lambda: mlp_dropout(new_model()),
     "zero branches, patch gain 1": lambda: patches(mlp_dropout(new_model()), 1),
     "zero branches, patch gain 2": lambda: patches(mlp_dropout(new_model()), 2),
@@ -247,7 +248,6 @@ def run(trial, cache_dir, device):
     return {
         **asdict(trial),
         "train_losses": losses.view(trial.epochs, -1).mean(dim=1).tolist(),
-        "validated_epochs": list(range(1, trial.epochs + 1)),
         "held_out_accs": history["val_accs"],
         "held_out_accs_eval": history["val_accs_eval"],
         "held_out_losses": history["val_losses_eval"],

@@ -45,8 +45,6 @@ DEMO_CELL = """\
 # injected: DEMO DATA, generated, instead of CIFAR-10: see report/demo.py
 from report.demo import DemoCIFAR10 as CIFAR10
 
-DATASET_CACHE_DIR = "build/demo"
-
 """
 OTHER_RUN = """\
 <!-- injected -->

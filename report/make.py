@@ -31,9 +31,9 @@ OTHERS = {
     "train": "train the run of the exercise or another, or continue it",
     "verify": "validate recorded weights on the test images again",
     "demo": "everything live on generated images, below build/demo",
-    "faults": "provoke all that can go wrong, as a table",
+    "faults": "provoke what can go wrong, as a table",
     "bench": "measure speed and memory beside other implementations",
-    "clean": "remove build/, dist/ and caches; never data, .venv, runs or copies",
+    "clean": "remove the demo, dist/ and caches; never data, .venv, runs or copies",
 }
 OWN = ("report", "notebooks", "zip", "demo", "lab")  # not another program's alone
 NAMED = ("report", "zip", "demo")  # show a name
@@ -108,13 +108,15 @@ def ensure_environment():
         build, is_other = "", False
         if is_made:
             return python
-    anew = is_broken or is_other
-
     print(f"Setting up {folder.name}: a few minutes, once.", flush=True)
     pip = [str(python), "-m", "pip", "--disable-pip-version-check", "install"]
     set_up(
         "the environment",
-        [sys.executable, "-m", "venv", *["--clear"] * anew, str(folder)],
+        [
+            *(sys.executable, "-m", "venv"),
+            *["--clear"] * (is_broken or is_other),
+            str(folder),
+        ],
     )
     set_up("pip", [*pip, "--upgrade", "pip>=25.1"])  # the first to know --group
     pip += ["--progress-bar", "raw"]
@@ -235,7 +237,7 @@ def run_program(name):
         ],
         "train": [[python, "train.py", *options]],
         "verify": [[python, "train.py", "--verify", *options]],
-        "faults": [[*pytest, "--quiet", "--faults", str(Path("build", "faults.json"))]],
+        "faults": [[*pytest, "--quiet", "--faults"]],
         "bench": [[python, str(Path("bench", "speed.py"))]],
     }
     if name == "bench":  # needs more than the rest
@@ -278,15 +280,10 @@ def run_own(name):
 
 
 def clean():
-    """Remove what can be made again: no training runs, copies or notebooks of runs."""
-    kept = {"runs", "trials", "kept"}
-    kept |= {path.parent.name for path in ROOT.glob("build/*/*.ipynb")} - {"demo"}
-    build = [path for path in ROOT.glob("build/*") if path.name not in kept]
+    """Remove what the commands make again: no runs, copies or notebooks of runs."""
+    made = ("build/demo", "dist", ".pytest_cache", ".ruff_cache", ".hypothesis")
     caches = [*ROOT.glob("__pycache__"), *ROOT.glob("[!.]*/__pycache__")]
-    others = [ROOT / name for name in ("dist", ".pytest_cache", ".ruff_cache")]
-    for path in [*build, *caches, *others]:
-        if path.is_file():
-            path.unlink()
+    for path in [*(ROOT / name for name in made), *caches]:
         shutil.rmtree(path, ignore_errors=True)
 
 
@@ -297,9 +294,10 @@ def usage():
     print("make COMMAND [NAME=VALUE ...]    (python report/make.py does the same)\n")
     for commands in (FIRST, OTHERS):
         for name, what in commands.items():
-            cost = seconds.get(f"make {name}", 0)
-            cost = f"{cost} s" if cost < 100 else f"{cost / 60:.0f} min"
-            print(f"  {name:<11}{what}{f' ({cost})' * (cost != '0 s')}")
+            cost = seconds.get(f"make {name}")
+            if cost:
+                what += f" ({cost} s)" if cost < 100 else f" ({cost / 60:.0f} min)"
+            print(f"  {name:<11}{what}")
         print()
     for name, (commands, what) in OPTIONS.items():
         print(f"  {name:<15}{', '.join(commands) or 'all commands'}: {what}")

@@ -14,7 +14,6 @@ from pathlib import Path
 import jupytext
 import nbformat
 import torch
-from jupyter_client.kernelspec import NoSuchKernel
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 
@@ -55,9 +54,14 @@ def read_notebook(path):
             _, notebook = nbformat.validator.normalize(notebook)
             nbformat.validate(notebook)
         return notebook
+    # The last three come of what is JSON, but no notebook
     except (
-        *(OSError, ValueError, nbformat.ValidationError),
-        *(AttributeError, KeyError, TypeError),  # of what is JSON, but no notebook
+        OSError,
+        ValueError,
+        nbformat.ValidationError,
+        AttributeError,
+        KeyError,
+        TypeError,
     ) as error:
         reason = str(error).split("\n")[0][:80]
         raise UserError(f"{path} cannot be read as a notebook ({reason})") from error
@@ -102,8 +106,6 @@ def execute(notebook, name, timeout=CELL_SECONDS):
         with client.setup_kernel(env={**os.environ, **PLOTTING}):
             for number, cell in enumerate(notebook.cells, 1):
                 client.execute_cell(cell, number - 1)
-    except NoSuchKernel as error:
-        raise UserError(f"{name}: there is no Jupyter kernel {KERNEL!r}") from error
     except CellExecutionError as error:
         traceback = ANSI.sub("", error.traceback)
         why, cause = ANSI.sub("", f"{error.ename}: {error.evalue}"), error

@@ -70,7 +70,7 @@ def differences(script, notebook):
     books = read_script(script), read_notebook(notebook)
     names = Path(script).name, Path(notebook).name
     numbers = [[number for number, _ in handwritten(book)] for book in books]
-    ours, theirs = ([*map(digest, contents(book))] for book in books)
+    ours, theirs = map(cell_checksums, books)
     matcher = difflib.SequenceMatcher(None, ours, theirs, autojunk=False)
     found = []
     for kind, i, j, k, m in matcher.get_opcodes():
@@ -205,7 +205,7 @@ def bring_together(script, notebook, keep=None):
 
 
 def keep_if_edited(notebook):
-    """Copy a notebook below ``build`` that is to be made anew, if it was edited.
+    """Copy a notebook below ``build`` that is to be made again, if it was edited.
 
     Of those, cells that were injected count as well.
     """

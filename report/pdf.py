@@ -120,7 +120,7 @@ def _facts(submission, notebooks):
     who = submission.student
     kinds = ["demo data"] * submission.demo + ["draft"] * who.is_placeholder
     days = [provenance(book).get("executed") for book in notebooks]
-    latest = max(filter(None, days), default="2024-07-05")[:10]
+    latest = max(filter(None, days), default=submission.history["date"])[:10]
     return {
         "surname": who.surname,
         "given_name": who.given_name,
@@ -142,15 +142,9 @@ def to_markdown(notebook, folder, prefix, labels):
 
     A cell tagged ``caption`` and the picture that the code cell before it drew become a
     figure; without a picture it is left out. Of a code cell tagged ``appendix`` only
-    the outputs stay.
-
-    Args:
-        notebook: the notebook; left as it is.
-        folder: where the pictures are written; ``prefix`` begins their names.
-        labels: the figures and tables to link to where the text names them.
-
-    Returns:
-        The Markdown text, and the sources of the cells tagged ``appendix``.
+    the outputs stay. Pictures are written into ``folder``, and their names begin with
+    ``prefix``; what the text says of figures and tables in ``labels`` becomes a link.
+    Returns the text, and the sources of the cells tagged ``appendix``.
     """
     pictures = _drawn(notebook)
     cells, left_out = [], []

@@ -43,13 +43,8 @@ POINTS = (
 def points(notebooks, history):
     """Return the rows of the table of points, the evidence read from what was run.
 
-    Args:
-        notebooks: the executed notebooks.
-        history: that of the run they show.
-
-    Returns:
-        Dicts with ``what``, ``points``, ``code`` (a definition), ``proof`` (a test, or
-        the figure of the accuracy) and ``evidence``.
+    Each is a dict with ``what``, ``points``, ``code`` (a definition), ``proof`` (a
+    test, or the figure of the accuracy) and ``evidence``.
     """
     cells = [cell for notebook in notebooks for cell in notebook.cells]
     outputs = [output for cell in cells for output in cell.get("outputs", [])]

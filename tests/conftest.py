@@ -1,7 +1,6 @@
 """Shared by the tests: copies of the project, edits of it, the table of faults."""
 
 import contextlib
-import json
 import os
 import shutil
 import subprocess
@@ -121,8 +120,8 @@ def report_pdf(reported):
 def pytest_addoption(parser):
     parser.addoption(
         "--faults",
-        metavar="FILE",
-        help="only the tests marked fault, slow ones too; write their table to FILE",
+        action="store_true",
+        help="only the tests marked fault, slow ones too, as a table",
     )
 
 
@@ -169,6 +168,3 @@ def pytest_terminal_summary(terminalreporter, config):
     write(f"\n{'case':<36}{'tried':>8}{'held':>8}{'skipped':>9}")
     for name, row in sorted(rows.items()):
         write(f"{name:<36}{row['tried']:>8}{row['held']:>8}{row['skipped']:>9}")
-    path = Path(config.option.faults)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(rows, indent=1, sort_keys=True) + "\n", "utf-8")

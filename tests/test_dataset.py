@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import http.server
 import io
+import os
 import tarfile
 import threading
 import time
@@ -115,6 +116,16 @@ def test_a_good_source_is_fetched_and_unpacked(server, tmp_path, manner):
     dataset.fetch(TinyCIFAR10, tmp_path / "data", [server(manner)])
     assert only_files(tmp_path / "data") == sorted(GOOD)
     dataset.fetch(TinyCIFAR10, tmp_path / "data", ["nothing is fetched twice"])
+
+
+@pytest.mark.fault("download")
+def test_only_downloads_of_processes_that_were_killed_are_removed(server, tmp_path):
+    dead, going_on = tmp_path / ".cifar-10-dead", tmp_path / ".cifar-10-going-on"
+    dead.touch()
+    os.utime(dead, (0, 0))
+    going_on.touch()
+    dataset.fetch(TinyCIFAR10, tmp_path, [server("good")])
+    assert only_files(tmp_path) == sorted([*GOOD, going_on.name])
 
 
 @pytest.mark.fault("download")

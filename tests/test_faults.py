@@ -1,15 +1,13 @@
 """What goes wrong on the night before the deadline.
 
 Each test belongs to a row of the table that `make faults` prints. Tests marked slow
-run there only; the rest runs in `make test`, too. Rows with tests in other files:
-download, data, identity, failing cells, properties, ZIP.
+run there only; the rest runs in `make test`, too. Other files hold further rows.
 """
 
 import contextlib
 import copy
 import io
 import json
-import math
 import os
 import pickle
 import random
@@ -21,7 +19,6 @@ import sys
 import time
 from pathlib import Path
 
-import numpy
 import pytest
 import torch
 from conftest import ROOT, only_files
@@ -382,41 +379,22 @@ model = small_model()
 BAD_CALLS = [
     # What is wrong, and what the message must show of it
     (lambda: SelfAttention2d(embed_dim=-16), "-16"),
-    (lambda: SelfAttention2d(head_dim=2.5), "float"),
-    (lambda: SelfAttention2d(num_heads="8"), "str"),
     (lambda: attend(zeros(2, 16, 4)), r"\[2, 16, 4\]"),
     (lambda: attend(zeros(1, 2, 16, 4, 4)), r"\[1, 2, 16, 4, 4\]"),
     (lambda: attend(zeros(2, 15, 4, 4)), "15 != 16"),
     (lambda: attend(zeros(2, 4, 4, 16)), "4 != 16"),
     (lambda: attend(zeros(2, 16, 4, 4).int()), "int"),
-    (lambda: attend(zeros(2, 16, 4, 4).cfloat()), "(?i)complex"),
-    (lambda: attend(numpy.zeros((2, 16, 4, 4))), "ndarray"),
     (lambda: sequence(zeros(2, 5, 31)), "10x31"),
     (lambda: sequence(zeros(5, 32)), "2-dim"),
     (lambda: sequence(zeros(1, 2, 5, 32)), "4-dim"),
-    (lambda: sequence(zeros(2, 5, 32).long()), "(?i)long"),
-    (lambda: FeedForwardBlock(-4, 4, 0.1), "-4"),
-    (lambda: FeedForwardBlock(4, 4.5, 0.1), "float"),
     (lambda: FeedForwardBlock(4, 4, 1.5), "1.5"),
-    (lambda: FeedForwardBlock(4, 4, -1e-9), "-1e-09"),
-    (lambda: FeedForwardBlock(4, 4, math.inf), "inf"),
-    (lambda: FeedForwardBlock(4, 4, None), "NoneType"),
     (lambda: feed(zeros(2, 5, 33)), "10x33"),
-    (lambda: feed(zeros(2, 5, 32).short()), "(?i)short"),
     (lambda: SelfAttentionTransformerBlock(32, 48, 5, 0.1), "=32 .* n_heads=5"),
-    (lambda: SelfAttentionTransformerBlock(32, 48, "4", 0.1), "str"),
-    (lambda: SelfAttentionTransformerBlock(32, 48, 4, 2), "got 2"),
     (lambda: block(zeros(2, 5, 16)), r"\[2, 5, 16\]"),
     (lambda: block(zeros(5, 32)), r"\[5, 32\]"),
-    (lambda: block(zeros(2, 5, 32).byte()), "type"),
     (lambda: block(zeros(2, 5, 16), keep=1), r"\[2, 5, 16\]"),
     (lambda: small_model(patch_size=5), "image_size=32 .* patch_size=5"),
-    (lambda: small_model(image_size=(32, 32)), "tuple"),
-    (lambda: small_model(in_channels=-3), "-48"),
-    (lambda: small_model(layers=1.0), "float"),
-    (lambda: small_model(num_classes=-1), "-1"),
     (lambda: small_model(hidden_size=30), "hidden_size=30 .* n_heads=4"),
-    (lambda: small_model(mlp_size=-48), "-48"),
     (lambda: small_model(p_dropout=1.5), "1.5"),
     (lambda: model(zeros(2, 3, 32, 28)), "28 != 32"),
     (lambda: model(zeros(2, 3, 64, 64)), "64 != 32"),
@@ -424,7 +402,6 @@ BAD_CALLS = [
     (lambda: model(zeros(2, 32, 32, 3)), "32 != 3"),
     (lambda: model(zeros(3, 32, 32)), r"\[3, 32, 32\]"),
     (lambda: model(zeros(2, 3, 32, 32).byte()), "Byte"),
-    (lambda: model("image.png"), "str"),
     (lambda: model.patchify(zeros(2, 3, 32, 31)), "31 != 32"),
 ]
 
@@ -546,18 +523,6 @@ def test_any_memory_layout(module, x):
 @fault("numerics")
 def test_an_empty_batch_gives_an_empty_result(module, x):
     assert module(x[:0]).shape == (0, *module(x).shape[1:])
-
-
-@fault("numerics")
-@pytest.mark.parametrize(
-    "way", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))]
-)
-def test_copies_compute_the_same(module, x, way):
-    other = way(module)
-    assert torch.equal(other(x), module(x))
-    with torch.no_grad():
-        next(other.parameters()).add_(1)
-    assert not torch.equal(other(x), module(x)), "no weights in common"
 
 
 COMPILERS = ["aot_eager", *(pytest.param(c, marks=slow) for c in ("eager", "inductor"))]

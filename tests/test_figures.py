@@ -66,7 +66,7 @@ def drawn():
     return {
         figures.plot_scaling: ([4, 16],),
         figures.plot_attention_maps: ([(1, 1)], [0, 1]),
-        figures.plot_cost: ([4, 8], torch.device("cpu")),
+        figures.plot_cost: ([4, 8],),
         figures.plot_architecture: (model,),
         figures.plot_patches: (report.demo.DemoCIFAR10, "data", 4),
         figures.plot_training: (HISTORY,),

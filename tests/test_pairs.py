@@ -9,7 +9,7 @@ from pathlib import Path
 import jupytext
 import nbformat
 import pytest
-from conftest import ROOT, STUDENT, edited_notebook
+from conftest import ROOT, STUDENT, edited_notebook, replace_in
 
 import training
 from report import build, bundle, notebooks, pairs
@@ -340,6 +340,23 @@ def test_an_edit_while_the_notebooks_are_executed_is_not_overwritten(
 
     monkeypatch.setattr(notebooks, "execute", slowly)
     with pytest.raises(UserError, match="was saved while it was executed"):
+        COMMANDS["report"](None)
+    assert "in the meantime" in "".join(texts_in(NOTEBOOK))
+
+
+@fault
+def test_an_edit_while_both_are_brought_together_is_not_overwritten(
+    edited, monkeypatch
+):
+    replace_in(SCRIPT, "The layer", "The graded layer")
+    use_cells = pairs._use_cells
+
+    def slowly(*books):
+        use_cells(*books)
+        edit_notebook(in_a_sentence, random.Random(0), "in the meantime")
+
+    monkeypatch.setattr(pairs, "_use_cells", slowly)
+    with pytest.raises(UserError, match="was saved just now"):
         COMMANDS["report"](None)
     assert "in the meantime" in "".join(texts_in(NOTEBOOK))
 

@@ -160,7 +160,7 @@ if __name__ == "__main__":
     victim.use_few_generated_images()
     loaders = vision_transformer.make_loaders("data", 16)
     for loader, number in zip(loaders, (1, 0)):
-        loader.num_workers = number  # each of them loads torch anew
+        loader.num_workers = number  # each of them loads torch again
     run, cpu = training.Run({{"seed": 0}}), torch.device("cpu")
     model = victim.small_model()
     history = vision_transformer.train(model, *loaders, 1e-3, 1, cpu, run)

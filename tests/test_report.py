@@ -453,11 +453,16 @@ def test_clean_keeps_what_took_hours(tmp_path, monkeypatch):
         (tmp_path / "build" / name).mkdir(parents=True)
     for name in ("demo", "mine"):
         (tmp_path / "build" / name / "attention.ipynb").touch()
-    (tmp_path / "dist").mkdir()
+    checkpoint = tmp_path / "build" / "other" / "checkpoint.pt"  # RUN=build/other
+    checkpoint.parent.mkdir()
+    checkpoint.touch()
+    for name in ("dist", ".hypothesis"):
+        (tmp_path / name).mkdir()
     make.clean()
+    assert checkpoint.is_file()
     assert [path.name for path in tmp_path.iterdir()] == ["build"]
     left = sorted(path.name for path in (tmp_path / "build").iterdir())
-    assert left == ["kept", "mine", "runs", "trials"]
+    assert left == ["kept", "mine", "other", "runs", "trials"]
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")

@@ -78,6 +78,14 @@ def test_a_checkpoint_that_cannot_be_read_now_is_kept(workplace, monkeypatch):
         patch.setattr(Path, "read_bytes", locked)
         with pytest.raises(UserError, match="close what uses it"):
             go_on(small_model(), n_epochs=3)
+        patch.undo()
+
+        def exhausted(*_, **__):
+            raise MemoryError
+
+        patch.setattr(torch, "load", exhausted)
+        with pytest.raises(MemoryError):
+            go_on(small_model(), n_epochs=3)
     assert len([*FOLDER.glob("*checkpoint*")]) == 2, "nothing is deleted"
 
 
@@ -88,7 +96,20 @@ def test_two_processes_do_not_train_the_same_run(workplace):
     lock = filelock.FileLock(FOLDER / ".lock")
     with lock, pytest.raises(UserError, match="another process is training"):
         go_on(small_model())
+    Path(lock.lock_file).unlink(missing_ok=True)
+    Path(lock.lock_file).mkdir()  # what no lock can be taken of
+    with pytest.raises(UserError, match="could not be read or written"):
+        go_on(small_model())
+    Path(lock.lock_file).rmdir()
     go_on(small_model())
+
+
+def test_a_batch_that_holds_more_than_all_images_is_refused(workplace):
+    run, model = training.Run({"seed": 0}, FOLDER), small_model()
+    optimizer = torch.optim.Adam(model.parameters())
+    with pytest.raises(UserError, match="choose a smaller one"):
+        run.started(model, optimizer, n_epochs=1, steps_per_epoch=0).__enter__()
+    assert not FOLDER.exists()
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows does not replace an open file")
