@@ -163,15 +163,21 @@ class DropoutBefore(nn.Module):
         return self.block(self.dropout(x), keep)
 
 
+def block_dropout(model, p_dropout=0.2):
+    """Drop out also after the output projection of attention."""
+    for block in model.blocks:
+        layer = block.attention.inner_module[1]
+        layer.out = nn.Sequential(layer.out, ours.Dropout(p_dropout))
+    return model
+
+
 def paper_dropout(model, p_dropout=0.2):
     """Drop out also after attention's output and after the positions are added.
 
     Dosovitskiy et al. (2021), Appendix B.1: after every dense layer except those for
     queries, keys and values, and directly after adding the positions.
     """
-    for block in model.blocks:
-        layer = block.attention.inner_module[1]
-        layer.out = nn.Sequential(layer.out, ours.Dropout(p_dropout))
+    model = block_dropout(model, p_dropout)
     model.blocks[0] = DropoutBefore(model.blocks[0], p_dropout)
     return model
 
@@ -220,6 +226,7 @@ MODELS = {
     "zero_branches_soft_queries": lambda: soft_queries(zero_branches()),
     "zero_branches_zero_head": lambda: zero_head(zero_branches()),
     "gpt2_branches": gpt2_branches,
+    "zero_branches_block_dropout": lambda: block_dropout(zero_branches()),
     "zero_branches_paper_dropout": lambda: paper_dropout(zero_branches()),
     "no_positions": no_positions,
     "one_head": partial(ours.VisionTransformer, n_heads=1),
@@ -250,6 +257,7 @@ TRIALS = [
         for name, make in {
             "full branches, MLP dropout": "default",
             "zero branches, MLP dropout": "zero_branches",
+            "zero branches, block dropout": "zero_branches_block_dropout",
             "zero branches, paper dropout": "zero_branches_paper_dropout",
         }.items()
     ),
@@ -264,6 +272,8 @@ TRIALS = [
             "zero branches, mimetic": "zero_branches_mimetic",
             "zero branches, soft queries": "zero_branches_soft_queries",
             "zero branches, zero head": "zero_branches_zero_head",
+            "zero branches, block dropout": "zero_branches_block_dropout",
+            "zero branches, paper dropout": "zero_branches_paper_dropout",
             "GPT-2 scaling": "gpt2_branches",
         }.items()
     ),
