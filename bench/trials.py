@@ -75,7 +75,7 @@ class Trial:
 
 
 def new_model(**sizes):
-    """The model of the report: branches that begin at zero, the paper's dropout."""
+    """The model of the report: branches that begin at zero, dropout in the blocks."""
     return ours.VisionTransformer(**sizes)
 
 
@@ -135,9 +135,25 @@ def mimetic(model):
 
 def mlp_dropout(model):
     """Drop out in the MLPs only, as the course's notebook names it."""
-    model.dropout.p = 0.0
     for block in model.blocks:
         block.attention.inner_module[2].p = 0.0
+    return model
+
+
+class DropoutBefore(nn.Module):
+    """A block with dropout of its input."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.dropout, self.block = ours.Dropout(0.2), block
+
+    def forward(self, x, keep=None):
+        return self.block(self.dropout(x), keep)
+
+
+def paper_dropout(model):
+    """Drop out also after the positions: Dosovitskiy et al. (2021), Appendix B.1."""
+    model.blocks[0] = DropoutBefore(model.blocks[0])
     return model
 
 
@@ -171,7 +187,8 @@ def no_positions(model):
 FINALS = {
     "full branches, MLP dropout": lambda: full_branches(mlp_dropout(new_model())),
     "zero branches, MLP dropout": lambda: mlp_dropout(new_model()),
-    "zero branches, paper dropout": new_model,
+    "zero branches, block dropout": new_model,
+    "zero branches, paper dropout": lambda: paper_dropout(new_model()),
 }
 SCREENS = {
     "full branches, patch gain 3": lambda: full_branches(mlp_dropout(new_model())),
@@ -181,6 +198,8 @@ SCREENS = {
     "zero branches, patch gain 5": lambda: patches(mlp_dropout(new_model()), 5),
     "GPT-2 scaling": lambda: gpt2_branches(mlp_dropout(new_model())),
     "zero branches, mimetic": lambda: mimetic(mlp_dropout(new_model())),
+    "zero branches, block dropout": new_model,
+    "zero branches, paper dropout": lambda: paper_dropout(new_model()),
     "zero branches, zero head": lambda: zero_head(mlp_dropout(new_model())),
     "zero branches, soft queries": lambda: soft_queries(mlp_dropout(new_model())),
 }
@@ -190,6 +209,7 @@ ABLATIONS = {
     "one head": lambda: new_model(n_heads=1),
     "patch 8": lambda: new_model(patch_size=8),
     "no dropout": lambda: new_model(p_dropout=0.0),
+    "paper dropout": lambda: paper_dropout(new_model()),
     "MLP dropout only": lambda: mlp_dropout(new_model()),
     "post-norm": lambda: post_norm(new_model()),
     "full branches": lambda: full_branches(new_model()),
@@ -205,7 +225,7 @@ TRIALS = [
     *(Trial("screen", name, epochs=1, images=15_000) for name in SCREENS),
     *(Trial("final", name, 40, 5_000, batch_size=128) for name in FINALS),
     *(
-        Trial("settings", "the model", 4, 45_000, batch_size, lr)
+        Trial("settings", "the model", 4, 15_000, batch_size, lr)
         for batch_size, lr in SETTINGS
     ),
     *(

@@ -244,7 +244,10 @@ def test_the_appendix_shows_every_trial_and_seed(report_pdf):
     for path in paths:
         record = json.loads(path.read_text(encoding="utf-8"))
         kind = "held_out_accs" if "held_out_accs" in record else "val_accs"
-        recipe, evaluated = (100 * record[key][-1] for key in (kind, f"{kind}_eval"))
+        last = 5 if record.get("epochs", 0) > 10 else 1  # of a long trial, their mean
+        recipe, evaluated = (
+            100 * sum(record[key][-last:]) / last for key in (kind, f"{kind}_eval")
+        )
         assert f"{record['seed']} {recipe:.2f} {evaluated:.2f}" in text, path.name
 
 
