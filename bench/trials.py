@@ -61,8 +61,6 @@ class Trial:
     def stem(self):
         """The name of its file and of its folder."""
         stem = f"{self.group} {self.name}".replace(",", "").replace(" ", "-")
-        if self.group == "settings":
-            stem += f"-batch-{self.batch_size}-lr-{self.lr:.0e}".replace("e-0", "e-")
         return stem + f"-seed-{self.seed}" * bool(self.seed)
 
     @property
@@ -214,9 +212,14 @@ ABLATIONS = {
     "post-norm": lambda: post_norm(new_model()),
     "full branches": lambda: full_branches(new_model()),
 }
-MODELS = {**FINALS, **SCREENS, **ABLATIONS}
 # Batch size and learning rate of the quick run
-SETTINGS = [(32, 2e-4), (32, 3e-4), (64, 3e-4), (64, 6e-4), (128, 6e-4)]
+SETTINGS = {
+    "batch 32, lr 3e-4": (32, 3e-4),
+    "batch 64, lr 3e-4": (64, 3e-4),
+    "batch 64, lr 6e-4": (64, 6e-4),
+    "batch 128, lr 6e-4": (128, 6e-4),
+}
+MODELS = {**FINALS, **SCREENS, **ABLATIONS, **dict.fromkeys(SETTINGS, new_model)}
 
 
 # --- Running -------------------------------------------------------------------------
@@ -224,10 +227,7 @@ SETTINGS = [(32, 2e-4), (32, 3e-4), (64, 3e-4), (64, 6e-4), (128, 6e-4)]
 TRIALS = [
     *(Trial("screen", name, epochs=1, images=15_000) for name in SCREENS),
     *(Trial("final", name, 40, 5_000, batch_size=128) for name in FINALS),
-    *(
-        Trial("settings", "the model", 4, 15_000, batch_size, lr)
-        for batch_size, lr in SETTINGS
-    ),
+    *(Trial("quick", name, 4, 15_000, *setting) for name, setting in SETTINGS.items()),
     *(
         Trial("ablation", name, 20, 5_000, batch_size=128, seed=seed)
         for name in ABLATIONS
