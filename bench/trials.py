@@ -262,6 +262,15 @@ TRIALS = [
         }.items()
     ),
     *(
+        Trial("quick", name, "zero_branches_block_dropout", batch_size, lr, epochs=4)
+        for name, batch_size, lr in (
+            ("batch 32, lr 3e-4", 32, 3e-4),
+            ("batch 64, lr 3e-4", 64, 3e-4),
+            ("batch 64, lr 6e-4", 64, 6e-4),
+            ("batch 128, lr 6e-4", 128, 6e-4),
+        )
+    ),
+    *(
         Trial("screen", name, make, epochs=1)
         for name, make in {
             "full branches, patch gain 3": "default",
