@@ -262,7 +262,7 @@ TRIALS = [
         }.items()
     ),
     *(
-        Trial("quick", name, "zero_branches_block_dropout", batch_size, lr, epochs=4)
+        Trial("quick", name, "zero_branches", batch_size, lr, epochs=4)
         for name, batch_size, lr in (
             ("batch 32, lr 3e-4", 32, 3e-4),
             ("batch 64, lr 3e-4", 64, 3e-4),
