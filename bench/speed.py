@@ -57,10 +57,9 @@ def with_whole_last_block(model):
 
 def with_torch_dropout(model):
     """Take ``nn.Dropout`` in the place of ours."""
-    for module in [*model.modules()]:
-        for name, child in module.named_children():
-            if isinstance(child, nn.Dropout):
-                setattr(module, name, nn.Dropout(child.p))
+    for block in model.blocks:
+        layers = block.feed_forward.inner_module[1].layers
+        layers[2], layers[4] = nn.Dropout(P_DROPOUT), nn.Dropout(P_DROPOUT)
     return model
 
 
@@ -83,14 +82,13 @@ def torch_attention_vit():
     return with_whole_last_block(model)
 
 
-def with_our_dropout(model, *names):
-    """Let dropout act where it does in our model: in modules of these names only."""
-    active = 0
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Dropout):
-            module.p = P_DROPOUT if any(part in name for part in names) else 0.0
-            active += module.p > 0
-    assert active == 18, f"{active} active dropouts instead of 18"
+def only_mlp_dropout(model, mlp):
+    """Let dropout act only in modules with ``mlp`` in their name, as in our model."""
+    dropouts = {n: m for n, m in model.named_modules() if isinstance(m, nn.Dropout)}
+    for name, module in dropouts.items():
+        module.p = P_DROPOUT if mlp in name else 0.0
+    active = sum(module.p > 0 for module in dropouts.values())
+    assert active == 12, f"{active} active dropouts instead of 12"
     return model
 
 
@@ -98,7 +96,7 @@ def torchvision_vit():
     model = torchvision.models.VisionTransformer(
         32, 4, 6, 8, 256, 512, dropout=P_DROPOUT, num_classes=10
     )
-    return with_our_dropout(model, ".encoder_layer_")
+    return only_mlp_dropout(model, ".mlp.")
 
 
 def timm_vit():
@@ -115,7 +113,7 @@ def timm_vit():
         qkv_bias=False,
         proj_drop_rate=P_DROPOUT,
     )
-    return with_our_dropout(model, ".proj_drop", ".mlp.drop")
+    return only_mlp_dropout(model, ".mlp.")
 
 
 def vit_pytorch_vit():
@@ -132,7 +130,7 @@ def vit_pytorch_vit():
         mlp_dim=512,
         dropout=P_DROPOUT,
     )
-    return with_our_dropout(model, ".to_out.", ".net.")
+    return only_mlp_dropout(model, ".1.net.")
 
 
 MODELS = {

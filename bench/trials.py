@@ -4,8 +4,8 @@ Choices and ablations never look at the test images: 5,000 of the 50,000 trainin
 are held out, and every trial is judged by them. It trains on ``images`` of the others,
 for ``epochs`` passes. The seeds are whole quick runs by the recipe.
 
-The records called ``init`` are of the former model, whose branches began at full size
-and which dropped out in its MLPs only; its whole runs are in ``bench/former``.
+The records called ``init`` are of the former model, whose branches began at full size;
+its whole runs are in ``bench/former``.
 
 A finished trial is a file in ``bench/trials`` and is not run again. An interrupted one
 continues after its last epoch, from its folder in ``build/trials``.
@@ -73,7 +73,7 @@ class Trial:
 
 
 def new_model(**sizes):
-    """The model of the report: branches that begin at zero, dropout in the blocks."""
+    """The model of the report: branches that begin at zero, dropout in the MLPs."""
     return ours.VisionTransformer(**sizes)
 
 
@@ -131,10 +131,11 @@ def mimetic(model):
     return model
 
 
-def mlp_dropout(model):
-    """Drop out in the MLPs only, as the course's notebook names it."""
+def block_dropout(model):
+    """Drop out also after the output projection of attention."""
     for block in model.blocks:
-        block.attention.inner_module[2].p = 0.0
+        layer = block.attention.inner_module[1]
+        layer.out = nn.Sequential(layer.out, ours.Dropout(0.2))
     return model
 
 
@@ -150,7 +151,8 @@ class DropoutBefore(nn.Module):
 
 
 def paper_dropout(model):
-    """Drop out also after the positions: Dosovitskiy et al. (2021), Appendix B.1."""
+    """Likewise, and after the positions: Dosovitskiy et al. (2021), Appendix B.1."""
+    model = block_dropout(model)
     model.blocks[0] = DropoutBefore(model.blocks[0])
     return model
 
@@ -160,12 +162,11 @@ class PostNormBlock(nn.Module):
 
     def __init__(self, block):
         super().__init__()
-        self.attention_norm, self.attention, self.dropout = block.attention.inner_module
+        self.attention_norm, self.attention = block.attention.inner_module
         self.mlp_norm, self.mlp = block.feed_forward.inner_module
 
     def forward(self, x, keep=None):
-        attended = self.dropout(self.attention(x, keep))
-        x = self.attention_norm(x[:, :keep] + attended)
+        x = self.attention_norm(x[:, :keep] + self.attention(x, keep))
         return self.mlp_norm(x + self.mlp(x))
 
 
@@ -183,23 +184,23 @@ def no_positions(model):
 
 
 FINALS = {
-    "full branches, MLP dropout": lambda: full_branches(mlp_dropout(new_model())),
-    "zero branches, MLP dropout": lambda: mlp_dropout(new_model()),
-    "zero branches, block dropout": new_model,
+    "full branches, MLP dropout": lambda: full_branches(new_model()),
+    "zero branches, MLP dropout": new_model,
+    "zero branches, block dropout": lambda: block_dropout(new_model()),
     "zero branches, paper dropout": lambda: paper_dropout(new_model()),
 }
 SCREENS = {
-    "full branches, patch gain 3": lambda: full_branches(mlp_dropout(new_model())),
-    "zero branches, patch gain 3": lambda: mlp_dropout(new_model()),
-    "zero branches, patch gain 1": lambda: patches(mlp_dropout(new_model()), 1),
-    "zero branches, patch gain 2": lambda: patches(mlp_dropout(new_model()), 2),
-    "zero branches, patch gain 5": lambda: patches(mlp_dropout(new_model()), 5),
-    "GPT-2 scaling": lambda: gpt2_branches(mlp_dropout(new_model())),
-    "zero branches, mimetic": lambda: mimetic(mlp_dropout(new_model())),
-    "zero branches, block dropout": new_model,
+    "full branches, patch gain 3": lambda: full_branches(new_model()),
+    "zero branches, patch gain 3": new_model,
+    "zero branches, patch gain 1": lambda: patches(new_model(), 1),
+    "zero branches, patch gain 2": lambda: patches(new_model(), 2),
+    "zero branches, patch gain 5": lambda: patches(new_model(), 5),
+    "GPT-2 scaling": lambda: gpt2_branches(new_model()),
+    "zero branches, mimetic": lambda: mimetic(new_model()),
+    "zero branches, block dropout": lambda: block_dropout(new_model()),
     "zero branches, paper dropout": lambda: paper_dropout(new_model()),
-    "zero branches, zero head": lambda: zero_head(mlp_dropout(new_model())),
-    "zero branches, soft queries": lambda: soft_queries(mlp_dropout(new_model())),
+    "zero branches, zero head": lambda: zero_head(new_model()),
+    "zero branches, soft queries": lambda: soft_queries(new_model()),
 }
 ABLATIONS = {
     "the model": new_model,
@@ -208,7 +209,6 @@ ABLATIONS = {
     "patch 8": lambda: new_model(patch_size=8),
     "no dropout": lambda: new_model(p_dropout=0.0),
     "paper dropout": lambda: paper_dropout(new_model()),
-    "MLP dropout only": lambda: mlp_dropout(new_model()),
     "post-norm": lambda: post_norm(new_model()),
     "full branches": lambda: full_branches(new_model()),
 }

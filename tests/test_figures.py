@@ -241,7 +241,7 @@ def test_collected_weights_are_those_of_the_model():
     token = (model.class_token + model.position_embedding[:, :1]).expand(2, -1, -1)
     x = torch.cat([token, x], dim=1)
     for number, block in enumerate(model.blocks):
-        norm, attention, _ = block.attention.inner_module
+        norm, attention = block.attention.inner_module
         expected = attention(norm(x), need_weights=True)[1]
         torch.testing.assert_close(weights[number], expected)
         x = block(x)

@@ -120,11 +120,7 @@ def test_variants_differ_as_their_names_say():
         name: [p for p in training.traits(make[name]())["drops_out"].values() if p]
         for name in make
     }
-    assert active["the model"] == active["post-norm"] == [0.2] * 18
-    assert (
-        active["MLP dropout only"]
-        == active["zero branches, patch gain 3"]
-        == [0.2] * 12
-    )
-    assert active["zero branches, paper dropout"] == [0.2] * 19
+    assert active["the model"] == active["post-norm"] == [0.2] * 12
+    assert active["zero branches, block dropout"] == [0.2] * 18
+    assert active["paper dropout"] == [0.2] * 19
     assert active["no dropout"] == []
