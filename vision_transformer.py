@@ -813,9 +813,9 @@ def verify(history, predictions):
 
 # %% [markdown] tags=["caption"]
 # **Figure 13.** The first test image of eight classes, and attention rollout as in
-# [Abnar and Zuidema, 2020](https://arxiv.org/abs/2005.00928): the weights of all blocks,
-# as means over heads and with the residual connections, multiplied up from the class
-# token to each patch, relative to the largest.
+# [Abnar and Zuidema, 2020](https://arxiv.org/abs/2005.00928): the weights of all
+# blocks, as means over heads and with the residual connections, multiplied up from the
+# class token to each patch, relative to the largest.
 # <!-- alt: Eight images in a row, and under each a heat map of eight by eight patches
 # with a colour scale. Its bright patches lie on the object in some images, and are
 # scattered in others. -->
@@ -856,6 +856,6 @@ def verify(history, predictions):
 #   In the recorded run, of one seed, it is the best of all 50. A learning rate that
 #   falls to zero is the first change to try.
 # - A Vision Transformer has to learn what a convolution is given: that neighbouring
-#   pixels belong together, and that an object may be anywhere. Pre-training makes up for
-#   it ([Dosovitskiy et al., 2021](https://arxiv.org/abs/2010.11929)); with 50,000 images,
-#   stronger augmentation and weight decay come next.
+#   pixels belong together, and that an object may be anywhere. Pre-training makes up
+#   for it ([Dosovitskiy et al., 2021](https://arxiv.org/abs/2010.11929)); with 50,000
+#   images, stronger augmentation and weight decay come next.
