@@ -48,8 +48,9 @@ def fetch(dataset, cache_dir, sources=SOURCES):
         return
     archive = Path(cache_dir, ARCHIVE_NAME)
     for path in archive.parent.glob(".cifar-10-*"):
-        if time.time() - path.stat().st_mtime > 60:  # of a process that was killed
-            path.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # another one ended meanwhile
+            if time.time() - path.stat().st_mtime > 60:  # of a process that was killed
+                path.unlink()
     tried = []
     if archive.exists() and not check_integrity(archive, ARCHIVE_MD5):
         tried.append(f"{archive}: wrong MD5, so it is incomplete or another file")

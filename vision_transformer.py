@@ -871,7 +871,7 @@ def verify(history, predictions):
 # model learned fastest with the last layer of each residual branch at zero and a patch
 # gain of 3. The finals, on 5,000 images, overfit: the loss of the model ("full
 # branches, MLP dropout") was lowest in epoch 10 of 40. Zero branches ended nearly three
-# points higher. The paper's dropout lowered the loss, and the accuracy.
+# points higher. The paper's dropout lowered the loss, and the accuracy by the recipe.
 #
 # A seed decides the initial weights, the order of the images, their crops and what
 # dropout drops. The quick run was repeated with two more seeds; all three ended above
