@@ -108,15 +108,13 @@ def ensure_environment():
         build, is_other = "", False
         if is_made:
             return python
+    clear = ["--clear"] * (is_broken or is_other)
+
     print(f"Setting up {folder.name}: a few minutes, once.", flush=True)
     pip = [str(python), "-m", "pip", "--disable-pip-version-check", "install"]
     set_up(
         "the environment",
-        [
-            *(sys.executable, "-m", "venv"),
-            *["--clear"] * (is_broken or is_other),
-            str(folder),
-        ],
+        [sys.executable, "-m", "venv", *clear, str(folder)],
     )
     set_up("pip", [*pip, "--upgrade", "pip>=25.1"])  # the first to know --group
     pip += ["--progress-bar", "raw"]
