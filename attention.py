@@ -48,6 +48,8 @@
 
 # %% [markdown]
 # ## Imports and device
+#
+# The report shows this cell, and helpers such as `run_unit_tests`, in its appendix.
 
 # %% tags=["appendix"]
 """Multi-head self-attention on tokens and on 2d grids of tokens (Task 1).
@@ -106,17 +108,17 @@ class SelfAttention(nn.Module):
 
     def forward(self, x, keep=None, need_weights=False):
         """Return the first ``keep`` tokens, by default all; if asked, weights too."""
-        q = self._split_heads(self.q(x[:, :keep]))  # (B, h, L, d_k)
+        q = self._split_heads(self.q(x[:, :keep]))  # (B, h, keep, d_k)
         k = self._split_heads(self.k(x))  # (B, h, L, d_k)
         v = self._split_heads(self.v(x))  # (B, h, L, d_v)
 
         # softmax(Q K^T / sqrt(d_k)) V; dividing Q is cheaper when L > d_k
         q = q / math.sqrt(self.head_dim)
-        weights = (q @ k.mT).softmax(dim=-1)  # (B, h, L, d_k) x (B, h, d_k, L)
-        heads = weights @ v  # (B, h, L, L) x (B, h, L, d_v) -> (B, h, L, d_v)
+        weights = (q @ k.mT).softmax(dim=-1)  # (B, h, keep, L)
+        heads = weights @ v  # (B, h, keep, d_v)
 
         # Concat(head_1, ..., head_h) W^O
-        output = self.out(rearrange(heads, "B h L d -> B L (h d)"))  # (B, L, D)
+        output = self.out(rearrange(heads, "B h L d -> B L (h d)"))  # (B, keep, D)
         return (output, weights) if need_weights else output
 
     def _split_heads(self, features):
@@ -147,7 +149,7 @@ class SelfAttention2d(SelfAttention):
 # ## Unit tests
 #
 # The sheet says of its unit tests that they may not be changed. They are not part of
-# this bundle; the two below check the same facts: the weights of the layer are copied
+# this hand-in; the two below check the same facts: the weights of the layer are copied
 # into `nn.MultiheadAttention`, which must return the same tokens on the same kind of
 # input (4 x 256 x 24 x 24), within `rtol=1e-2` and `atol=1e-5`. To run the course's own
 # cells, put `attention.py` beside its notebook and write
@@ -241,11 +243,11 @@ if __name__ == "__main__":
 # figures.print_exactness(heads=[1, 4, 8])
 
 # %% [markdown]
-# What differs is rounding: double precision shrinks it by eight to nine orders of
-# magnitude, and a mistake in the mathematics would not shrink. In single precision the
-# outputs of one and of four heads are the same bits. There $\sqrt{d_k}$ is 16 and 8, a
-# power of two, and the division rounds nothing. With eight heads it is $\sqrt{32}$,
-# which the two layers round in different places.
+# What differs is rounding: all differences are of the size of the last digit that the
+# precision keeps, and a mistake in the mathematics would be far larger in both. Sums
+# are rounded in the order in which they are taken. With eight heads, $\sqrt{d_k}$ is
+# rounded, too, and the two layers divide by it in different places; with one and four
+# it is 16 and 8, and dividing by a power of two rounds nothing.
 
 # %% [markdown]
 # ### Why divide by $\sqrt{d_k}$?

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from attention import SelfAttention, SelfAttention2d, torch_attention
+from training import first_epoch_at
 from vision_transformer import VAL_TRANSFORM, VisionTransformer
 
 BLUE, ORANGE, SKY, YELLOW, GREY = "#0072B2", "#D55E00", "#56B4E9", "#E69F00", "0.45"
@@ -448,10 +449,8 @@ def draw_tiles(ax, tiles, fill=np.nan, **options):
     for i, j in np.ndindex(rows, columns):
         y, x = i * (height + 1), j * (width + 1)
         sheet[y : y + height, x : x + width] = tiles[i, j]
-    ax.set_xticks(
-        np.arange(columns) * (width + 1) + (width - 1) / 2, range(1, columns + 1)
-    )
-    ax.set_yticks(np.arange(rows) * (height + 1) + (height - 1) / 2, range(1, rows + 1))
+    ax.set_xticks(np.arange(columns) * (width + 1) + (width - 1) / 2, range(columns))
+    ax.set_yticks(np.arange(rows) * (height + 1) + (height - 1) / 2, range(rows))
     return ax.imshow(sheet, **options)
 
 
@@ -488,6 +487,10 @@ def plot_training(history):
         zoomed.plot(epochs[-last:], percent[-last:], style, color=color, markersize=3)
     for mark in (25, 50, 70):
         right.axhline(mark, color=GREY, linewidth=0.8, linestyle=":")
+        first = first_epoch_at(history["val_accs"], mark / 100)
+        if first:
+            accuracy = 100 * history["val_accs"][first - 1]
+            right.plot(first, accuracy, "o", color=ORANGE, fillstyle="none")
     right.set(xlabel="epoch", ylabel="validation accuracy / %", ylim=(0, 100))
     right.set_yticks([0, 25, 50, 70, 100])
     for ax in (right, zoomed):

@@ -347,7 +347,9 @@ def summary(history):
     ]
     for mark in (0.25, 0.5, 0.7):
         epoch = first_epoch_at(by_recipe, mark)
-        reached = f"reached in epoch {epoch}" if epoch else "not reached"
+        reached = "not reached"
+        if epoch:
+            reached = f"reached in epoch {epoch}, {by_recipe[epoch - 1]:.4f}"
         lines.append(f"{mark:.0%} by the recipe's measure: {reached}")
     return "\n".join(lines)
 

@@ -23,12 +23,13 @@ ROOT = Path(__file__).parent.parent
 TRIALS = ROOT / "bench" / "trials"
 FIGURE = re.compile(r"\*\*Figure (\d+)\.\*\*")  # what a caption begins with
 
-# The sheet's 20 points: what, points, the code, and the unit test, or the mark of
-# validation accuracy, that is the evidence
+GRID_ATTENTION = "SelfAttention.forward to SelfAttention2d"
+# The sheet's 20 points: what, points, the code (from one definition to another), and
+# the unit test, or the mark of validation accuracy, that is the evidence
 POINTS = (
     ("Task 1: modules in __init__", 1, "SelfAttention.__init__", "multi head"),
-    ("Task 1: single head", 3, "SelfAttention.forward", "single head"),
-    ("Task 1: several heads", 2, "SelfAttention.forward", "multi head"),
+    ("Task 1: single head", 3, GRID_ATTENTION, "single head"),
+    ("Task 1: several heads", 2, GRID_ATTENTION, "multi head"),
     ("Task 2: FeedForwardBlock", 1, "FeedForwardBlock", "dropout"),
     ("Task 2: transformer block", 2, "SelfAttentionTransformerBlock", "block"),
     ("Task 2: __init__", 2, "VisionTransformer.__init__", "parameter count"),
@@ -43,8 +44,8 @@ POINTS = (
 def points(notebooks, history):
     """Return the rows of the table of points, the evidence read from what was run.
 
-    Each is a dict with ``what``, ``points``, ``code`` (a definition), ``proof`` (a
-    test, or the figure of the accuracy) and ``evidence``.
+    Each is a dict with ``what``, ``points``, ``code`` (of which definitions), ``proof``
+    (from a test to what it printed, or the figure of the accuracy) and ``evidence``.
     """
     cells = [cell for notebook in notebooks for cell in notebook.cells]
     outputs = [output for cell in cells for output in cell.get("outputs", [])]
@@ -57,7 +58,7 @@ def points(notebooks, history):
     for what, number, code, proof in POINTS:
         if isinstance(proof, str):
             evidence = f"{proof}: {passed.get(proof, 'not run')}"
-            proof = f"test_{proof.replace(' ', '_')}"
+            proof = f"test_{proof.replace(' ', '_')} to passed {proof}"
         else:
             epoch, proof = first_epoch_at(accuracies, proof), figure
             first = f"epoch {epoch}: {accuracies[epoch - 1]:.1%}" if epoch else "never"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import inspect
 import io
 import json
 import os
@@ -18,8 +19,10 @@ import pypdf
 import pytest
 from conftest import ROOT, STUDENT, edited_notebook, replace_in, run_script
 
+import attention
 import dataset
 import training
+import vision_transformer
 from report import build, bundle, make, notebooks, pdf, tables
 from report.build import Submission
 from report.identity import check_student
@@ -38,6 +41,18 @@ def text_of(path, last=None):
 def read_pages(content, last):
     pages = pypdf.PdfReader(io.BytesIO(content)).pages
     return [page.extract_text() for page in pages[:last]]
+
+
+def squeezed(text):
+    return re.sub(r"[\s\u200b↪]+", "", text)
+
+
+def source_of(name):
+    """Return the lines of a graded definition, as in "VisionTransformer.forward"."""
+    is_task_1 = hasattr(attention, name.split(".")[0])
+    module = attention if is_task_1 else vision_transformer
+    found = functools.reduce(getattr, name.split("."), module)
+    return inspect.getsource(found).rstrip().splitlines()
 
 
 def shown(student=STUDENT, **changes):
@@ -74,18 +89,23 @@ def test_the_first_page_names_the_page_of_code_and_evidence(report_pdf):
     first = " ".join(pages[0].split())
     assert sum(points for _, points, *_ in tables.POINTS) == 20
     for what, points, code, proof in tables.POINTS:
-        row = re.escape(f"{what} {points} ") + r"p\. (\d+) p\. (\d+), (.*)"
+        where = r"pp?\. (\d+)(?:\W(\d+))?"
+        row = re.escape(f"{what} {points} ") + rf"{where} {where}, (.*)"
         found = re.search(row, first)
         assert found, what
-        code_page, proof_page = (pages[int(found[n]) - 1] for n in (1, 2))
-        name = code.rpartition(".")[2]
-        assert re.search(rf"(class|def) {name}\b", code_page), what
+        code_page, code_end, proof_page, proof_end = (
+            pages[int(found[n] or found[n - 1]) - 1] for n in (1, 2, 3, 4)
+        )
+        begin, end = (source_of(code.split(" to ")[n]) for n in (0, -1))
+        assert squeezed(begin[0]) in squeezed(code_page), what
+        assert squeezed(end[-1]) in squeezed(code_end), what
         if isinstance(proof, str):
             assert f"def test_{proof.replace(' ', '_')}(" in proof_page
-            assert found[3].startswith(f"{proof}: ")
+            assert f"passed  {proof}: " in proof_end
+            assert found[5].startswith(f"{proof}: ")
         else:
             assert "Figure 6. Left: training loss" in proof_page
-            assert found[3].startswith("Figure 6, epoch ")
+            assert found[5].startswith("Figure 6, epoch ")
 
 
 def test_points_are_read_from_tests_and_record():
@@ -131,12 +151,12 @@ def test_the_report_is_short_and_no_page_nearly_empty(report_pdf):
 
 def test_all_code_is_there_and_no_debris(report_pdf):
     text = "\n".join(text_of(report_pdf))
-    squeezed = re.sub(r"[\s\u200b↪]+", "", text)
+    all_of_it = squeezed(text)
     cells = [cell for path in NOTEBOOKS for cell in notebooks.read_notebook(path).cells]
     code = [cell.source for cell in cells if cell.cell_type == "code"]
     code += [path.read_text(encoding="utf-8") for path in LISTINGS]
-    lines = [re.sub(r"\s+", "", line) for part in code for line in part.splitlines()]
-    missing = [line for line in lines if line not in squeezed]
+    lines = [squeezed(line) for part in code for line in part.splitlines()]
+    missing = [line for line in lines if line not in all_of_it]
     # Where a line is broken between two columns, the page's header stands inside it
     assert len(missing) <= 5, missing
     debris = ["model_id", "widget", "Warning", "it/s", "![", "{#", "<!--"]
