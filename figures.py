@@ -473,6 +473,8 @@ def plot_training(history):
     left.plot(losses, color=SKY, linewidth=0.5, label="one step", rasterized=True)
     mean = running_mean(losses, window)
     left.plot(mean, color=BLUE, label=f"mean of {window} steps")
+    ends = window * np.arange(1, n_epochs + 1)
+    left.plot(ends, history["val_losses_eval"], "--", color=YELLOW, label="validation")
     left.set(xlabel="training step", ylabel="cross-entropy / nats", ylim=(0, None))
 
     epochs = range(1, n_epochs + 1)

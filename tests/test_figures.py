@@ -52,6 +52,7 @@ HISTORY = {
     "train_losses": [2.0, 1.5, 1.2, 1.0],
     "val_accs": [0.3, 0.4],
     "val_accs_eval": [0.4, 0.5],
+    "val_losses_eval": [1.4, 1.3],
 }
 
 
