@@ -428,7 +428,7 @@ def plot_patches(dataset, cache_dir, patch_size):
     patches = rearrange(
         pixels / 255, "(H p) (W q) C -> H W p q C", p=patch_size, q=patch_size
     )
-    figure = plt.figure(figsize=(WIDTH, 3.1), layout="constrained")
+    figure = plt.figure(figsize=(WIDTH, 2.7), layout="constrained")
     top, bottom = figure.subfigures(2, 1, height_ratios=[2.4, 1])
     left, right = top.subplots(1, 2)
     left.imshow(pixels)
@@ -469,7 +469,7 @@ def plot_training(history):
     """Plot training loss against steps, and validation accuracy against epochs."""
     losses, n_epochs = history["train_losses"], len(history["val_accs"])
     window = len(losses) // n_epochs
-    figure, (left, right) = _panels(2.9)
+    figure, (left, right) = _panels(2.6)
     left.plot(losses, color=SKY, linewidth=0.5, label="one step", rasterized=True)
     mean = running_mean(losses, window)
     left.plot(mean, color=BLUE, label=f"mean of {window} steps")
@@ -510,7 +510,7 @@ def plot_before_and_after(history, before="bench/former/default.json"):
         print(f"Not shown (before and after): {before} is not here.")
         return None
     former = json.loads(Path(before).read_text(encoding="utf-8"))
-    figure, (left, right) = _panels(2.6)
+    figure, (left, right) = _panels(2.1)
     for run, name, color in ((former, "before", GREY), (history, "after", BLUE)):
         n_epochs = len(run["val_accs"])
         epochs = np.arange(1, n_epochs + 1)
@@ -569,7 +569,7 @@ def plot_confusion(predictions):
     matrix = confusion(predictions.logits, predictions.labels).double()
     percent = (100 * matrix / matrix.sum(dim=1, keepdim=True)).numpy()
     classes = predictions.classes
-    figure, ax = _panels(3.4, 1, 1)
+    figure, ax = _panels(3.0, 1, 1)
     drawn = ax.imshow(percent, cmap="Blues", vmin=0, vmax=100, aspect="auto")
     for i, row in enumerate(percent):
         for j, value in enumerate(row):
@@ -636,7 +636,7 @@ def plot_predictions(predictions):
         "least sure": order.flip(0)[:columns],
         "wrong, most sure": order[~right[order]][:columns],
     }
-    figure, axes = _panels(4.1, 3, columns)
+    figure, axes = _panels(3.5, 3, columns)
     figure.get_layout_engine().set(hspace=0.06)  # a row's labels apart from the next's
     for axes_row, (name, chosen) in zip(axes, rows.items(), strict=True):
         axes_row[0].set_ylabel(name)
@@ -693,7 +693,7 @@ def plot_filters(model, history, number=14):
         for each in (model, initial_model(history))
     )  # (D, p * p * C)
     size = model.patch_size
-    figure = plt.figure(figsize=(WIDTH, 2.6), layout="constrained")
+    figure = plt.figure(figsize=(WIDTH, 2.3), layout="constrained")
     panels = figure.subfigures(2, 1)
     for panel, weight, title in zip(
         panels, (trained, trained - initial), ("trained", "changed"), strict=True
@@ -727,7 +727,7 @@ def plot_position_similarity(model, history):
         each.position_embedding.detach().cpu()[0, 1:]
         for each in (model, initial_model(history))
     )
-    figure, axes = _panels(3.6)
+    figure, axes = _panels(2.8)
     titles = ("trained", "changed by training")
     for ax, position, title in zip(
         axes, (trained, trained - initial), titles, strict=True
@@ -795,7 +795,7 @@ def plot_attention_distance(model, predictions):
     distances = attention_distance(weights, model.patch_size)
     even = attention_distance(torch.ones_like(weights[:1, :1, :1]), model.patch_size)
     layers = range(1, len(distances) + 1)
-    figure, ax = _panels(2.3, 1, 1)
+    figure, ax = _panels(1.9, 1, 1)
     for head, values in enumerate(distances.T):
         label = "one head" if head == 0 else None
         ax.plot(layers, values, "o", color=BLUE, alpha=0.6, label=label)
@@ -831,7 +831,7 @@ def plot_rollout(model, predictions):
     images = predictions.pixels[first]
     maps = rollout(attention_weights(model, normalised(images))).cpu()
     side = round(maps.shape[-1] ** 0.5)
-    figure, axes = _panels(1.9, 2, len(images))
+    figure, axes = _panels(1.7, 2, len(images))
     for image, heat, number, (top, bottom) in zip(
         images, maps, first, axes.T, strict=True
     ):
