@@ -288,10 +288,10 @@ class VisionTransformer(nn.Module):
 # three times larger: positions begin with variance 1, as the exercise says, and would
 # drown what the patches show. The last linear layer of each residual branch begins at
 # zero ([Zhang et al., 2019](https://arxiv.org/abs/1901.09321)): every block begins as
-# the identity, so patches and positions reach the head undisturbed, and the branches
-# grow as far as they help. Both were chosen by short runs on held-out training images,
-# never on the test images (Table 1). The class token begins at zero, as in the authors'
-# code.
+# the identity, and adds what it learns instead of noise. So all images get the same
+# logits at first; since the zeros have a gradient, one step ends that. Both were chosen
+# by trials on held-out training images, never on the test images (Table 1). The class
+# token begins at zero, as in the authors' code.
 #
 # The next output lists parameters and operations. The operations are those of all
 # matrix products, counted while an image passes through the model. The last block costs
@@ -649,10 +649,12 @@ def train_run(settings, cache_dir, device, folder=None):
 #
 # ### Initialisation, before and after
 #
-# An earlier version of this model began with all residual branches at full size.
-# Figure 7 compares the two by the same recipe and from the same seed. What the exercise
-# fixes is the same: sizes, operations, number of parameters, N(0, 1) positions, dropout
-# and the recipe. The initialisation only says where training begins.
+# An earlier version of this model began with all residual branches at full size: twelve
+# random functions, one after the other, stood between the patches and the head, and had
+# to be unlearned first. Now the branches begin at zero. Figure 7 compares the two by the
+# same recipe and from the same seed. What the exercise fixes is the same: sizes,
+# operations, number of parameters, N(0, 1) positions, dropout and the recipe. The
+# initialisation only says where training begins.
 
 # %% tags=["active-ipynb", "appendix"]
 # figures.plot_before_and_after(history);
