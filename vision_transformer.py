@@ -650,11 +650,11 @@ def train_run(settings, cache_dir, device, folder=None):
 # ### Initialisation, before and after
 #
 # An earlier version of this model began with all residual branches at full size: twelve
-# random functions, one after the other, stood between the patches and the head, and had
-# to be unlearned first. Now the branches begin at zero. Figure 7 compares the two by the
-# same recipe and from the same seed. What the exercise fixes is the same: sizes,
-# operations, number of parameters, N(0, 1) positions, dropout and the recipe. The
-# initialisation only says where training begins.
+# random functions, one after the other, stood between the patches and the head. Now the
+# branches begin at zero. Figure 7 compares the two by the same recipe and from the same
+# seed. What the exercise fixes is the same: sizes, operations, number of parameters,
+# N(0, 1) positions, dropout and the recipe. The initialisation only says where training
+# begins.
 
 # %% tags=["active-ipynb", "appendix"]
 # figures.plot_before_and_after(history);
