@@ -23,7 +23,7 @@ import pytest
 import torch
 from conftest import ROOT, only_files
 from test_training import FOLDER, go_on, load
-from victim import small_model
+from victim import alive, small_model
 
 import training
 import vision_transformer
@@ -282,12 +282,12 @@ def test_older_formats_are_named(two_checkpoints):
     state = torch.load(two_checkpoints, weights_only=True)
     del state["history"]["format"]
     torch.save(state, two_checkpoints)
-    with pytest.raises(UserError, match="format = None, not 1"):
+    with pytest.raises(UserError, match="format = None, not 2"):
         go_on(small_model(), n_epochs=3)
     assert two_checkpoints.is_file(), "nothing is deleted"
     history = {**state["history"], "format": 0}
     (FOLDER / training.HISTORY_NAME).write_text(json.dumps(history), encoding="utf-8")
-    with pytest.raises(UserError, match="has format 0, and 1 is read"):
+    with pytest.raises(UserError, match="has format 0, and 2 is read"):
         load(small_model())
 
 
@@ -453,7 +453,7 @@ def grid(*shape):
 @pytest.fixture(params=["attention", "model"])
 def module(request):
     is_layer = request.param == "attention"
-    return attention_layer() if is_layer else small_model().eval()
+    return attention_layer() if is_layer else alive(small_model()).eval()
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from victim import small_model
+from victim import alive, small_model
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -233,7 +233,7 @@ def test_calibration_of_known_confidences():
 
 
 def test_collected_weights_are_those_of_the_model():
-    model = small_model(layers=3).eval()
+    model = alive(small_model(layers=3)).eval()
     images = torch.randn(2, 3, 32, 32)
     weights = figures.attention_weights(model, images)
     assert weights.shape == (3, 2, 4, 65, 65)

@@ -9,7 +9,7 @@ from conftest import ROOT, assert_same_weights, run_script
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 from torchvision import transforms as T
-from victim import counted, small_model
+from victim import alive, counted, small_model
 
 import dataset
 import training
@@ -78,7 +78,7 @@ def test_the_recipe_is_computed_bit_for_bit(demo_data, workplace):
 
 
 def test_predictions_disturb_nothing_and_are_without_dropout(demo_data):
-    model = small_model(p_dropout=0.9)
+    model = alive(small_model(p_dropout=0.9))
     _, loader = vision_transformer.make_loaders("data", BATCH_SIZE)
     state = torch.get_rng_state()
     logits, labels = vision_transformer.predict(model, loader, CPU)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import assert_same_weights, only_files
-from victim import small_model
+from victim import alive, small_model
 
 import training
 from training import UserError
@@ -24,6 +24,8 @@ def go_on(model, n_epochs=1, stop_after=None, **settings):
     run = training.Run({"n_epochs": n_epochs, "seed": 0, **settings}, FOLDER)
     optimizer = torch.optim.Adam(model.parameters())
     with contextlib.suppress(StopIteration), run.started(model, optimizer, n_epochs, 2):
+        if not run.epochs_done:
+            alive(model)
         for epoch in range(run.epochs_done, n_epochs):
             if epoch == stop_after:
                 raise StopIteration
@@ -54,8 +56,10 @@ def test_a_checkpoint_of_other_settings_or_another_model_is_refused(workplace):
     before = only_files(FOLDER)
     with pytest.raises(UserError, match="n_epochs = 2, not 3"):
         go_on(small_model(), n_epochs=3)
-    with pytest.raises(UserError, match="weights of another model"):
+    with pytest.raises(UserError, match="of another model"):
         go_on(small_model(hidden_size=16), n_epochs=2)
+    with pytest.raises(UserError, match=r"2 drops out 0.2, not 0.1: restore"):
+        go_on(small_model(p_dropout=0.1), n_epochs=2)
     assert only_files(FOLDER) == before, "nothing is deleted"
 
 
@@ -131,19 +135,21 @@ def test_a_record_of_another_model_or_other_settings_is_refused(workplace):
     assert load(small_model(seed=1), n_epochs=1)
     with pytest.raises(UserError, match="n_epochs = 1, not 2"):
         load(small_model(), n_epochs=2)
-    with pytest.raises(UserError, match="weights of another model"):
+    with pytest.raises(UserError, match="of another model"):
         load(small_model(hidden_size=16))
     silent = small_model()  # the same names and sizes, but another computation
-    silent.norm.eps = 10.0
+    silent.blocks[0].attention.inner_module[0].eps = 10.0
     before = copy.deepcopy(silent)
     with pytest.raises(UserError, match="logits differ"):
         load(silent)
     assert_same_weights(silent, before)
-    with pytest.raises(UserError, match="drops out 10% of the features here, 20%"):
+    # What weights do not show is checked even where none are there
+    Path(FOLDER, training.WEIGHTS_NAME).unlink()
+    with pytest.raises(UserError, match=r"2 drops out 0.2, not 0.1: restore"):
         load(small_model(p_dropout=0.1))
     loud = small_model()
     torch.nn.init.normal_(loud.head.weight)
-    with pytest.raises(UserError, match="weight begins with standard deviation"):
+    with pytest.raises(UserError, match=r"head.weight begins with 0\.\d+, not 1"):
         load(loud)
 
 
@@ -164,10 +170,11 @@ def test_a_record_beside_the_notebooks_is_found_without_weights_too(workplace):
 def test_the_summary_says_when_the_marks_were_reached(workplace):
     history = go_on(small_model()).history
     history |= {"dataset": "CIFAR10", "batch_size": 16, "lr": 1e-3}
-    said = training.summary({**history, "val_accs": [0.2, 0.5, 0.6, 0.5]})
+    history |= {"val_accs": [0.2, 0.5, 0.6, 0.5], "epoch_seconds": [1800] * 4}
+    said = training.summary(history)
     assert "0.5000 (recipe), 0.6000 (eval)" in said
-    assert "25% by the recipe's measure: reached in epoch 2" in said
-    assert "50% by the recipe's measure: reached in epoch 2" in said
+    assert "25% by the recipe's measure: 0.5000 in epoch 2, after 1.00 h" in said
+    assert "50% by the recipe's measure: 0.5000 in epoch 2, after 1.00 h" in said
     assert "70% by the recipe's measure: not reached" in said
 
 

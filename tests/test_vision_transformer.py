@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_attention import many, seeds, small
 from torch import nn
-from victim import small_model
+from victim import alive, small_model
 
 from vision_transformer import (
     FeedForwardBlock,
@@ -67,12 +67,7 @@ def reference(model, x, n_heads):
 
 
 def model_of(**sizes):
-    """A float64 model of which no weight is special, norms and class token included."""
-    model = small_model(**sizes)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    return model.double().eval()
+    return alive(small_model(**sizes)).double().eval()
 
 
 @pytest.fixture
