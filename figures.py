@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from attention import SelfAttention, SelfAttention2d, torch_attention
-from training import first_epoch_at
+from training import describe, first_epoch_at
 from vision_transformer import VAL_TRANSFORM, VisionTransformer
 
 BLUE, ORANGE, SKY, YELLOW, GREY = "#0072B2", "#D55E00", "#56B4E9", "#E69F00", "0.45"
@@ -510,6 +510,9 @@ def plot_before_and_after(history, before="bench/former/default.json"):
         print(f"Not shown (before and after): {before} is not here.")
         return None
     former = json.loads(Path(before).read_text(encoding="utf-8"))
+    if describe(former) != describe(history):
+        print(f"Not shown (before and after): the former run is {describe(former)}.")
+        return None
     figure, (left, right) = _panels(2.1)
     for run, name, color in ((former, "before", GREY), (history, "after", BLUE)):
         n_epochs = len(run["val_accs"])

@@ -5,7 +5,9 @@ are held out, and every trial is judged by them. It trains on ``images`` of the 
 for ``epochs`` passes. The seeds are whole quick runs by the recipe.
 
 The records called ``init`` are of the former model, whose branches began at full size;
-its whole runs are in ``bench/former``.
+its whole runs are in ``bench/former``, as is one with the paper's dropout that was
+broken off (``begun.json``). Screens and finals were run with code that drew the same
+weights in another order, so to run them again gives other numbers.
 
 A finished trial is a file in ``bench/trials`` and is not run again. An interrupted one
 continues after its last epoch, from its folder in ``build/trials``.
@@ -214,6 +216,7 @@ ABLATIONS = {
 }
 # Batch size and learning rate of the quick run
 SETTINGS = {
+    "batch 32, lr 2e-4": (32, 2e-4),
     "batch 32, lr 3e-4": (32, 3e-4),
     "batch 64, lr 3e-4": (64, 3e-4),
     "batch 64, lr 6e-4": (64, 6e-4),
@@ -227,7 +230,10 @@ MODELS = {**FINALS, **SCREENS, **ABLATIONS, **dict.fromkeys(SETTINGS, new_model)
 TRIALS = [
     *(Trial("screen", name, epochs=1, images=15_000) for name in SCREENS),
     *(Trial("final", name, 40, 5_000, batch_size=128) for name in FINALS),
-    *(Trial("quick", name, 4, 15_000, *setting) for name, setting in SETTINGS.items()),
+    *(
+        Trial("settings", name, 4, 15_000, *setting)
+        for name, setting in SETTINGS.items()
+    ),
     *(
         Trial("ablation", name, 20, 5_000, batch_size=128, seed=seed)
         for name in ABLATIONS
@@ -289,8 +295,9 @@ def run_seed(seed, cache_dir, device):
     """Train, or continue, the quick run with another seed; return its record."""
     settings = PRESETS["quick"] | {"seed": seed}
     _, history = ours.train_run(settings, cache_dir, device)
-    kept = ["val_accs", "val_accs_eval", "epoch_seconds", "machine", "versions"]
-    return {key: history[key] for key in [*settings, *kept, "date", "weights_sha256"]}
+    kept = ["val_accs", "val_accs_eval", "epoch_seconds", "machine", "versions", "date"]
+    kept += ["format", "weights_sha256"]
+    return {key: history[key] for key in [*settings, *kept]}
 
 
 def store(path, record):

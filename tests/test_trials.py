@@ -44,6 +44,7 @@ def test_a_record_of_a_seed_is_a_whole_quick_run(seed):
     record = json.loads(trials.seed_path(seed).read_text(encoding="utf-8"))
     settings = {**training.PRESETS["quick"], "seed": seed}
     assert {key: record[key] for key in settings} == settings
+    assert record["format"] == training.FORMAT, "of this model"
     assert len(record["val_accs"]) == settings["n_epochs"]
 
 
