@@ -138,6 +138,11 @@ def test_history_says_what_the_run_was(demo_data, workplace):
     names = {name for pair in documented for name in ",".join(pair).split(",")}
     assert history.keys() <= {name.strip() for name in names}
     assert 0 <= history["val_accs"][0] <= 1
+    assert set(history["drops_out"].values()) == {0.2}
+    branch = "blocks.0.feed_forward.inner_module.1.layers"
+    assert history["begins"][f"{branch}.3.weight"] == 0, "as it was before training"
+    assert history["begins"][f"{branch}.0.weight"] > 0.1
+    assert history["begins"]["position_embedding"] == pytest.approx(1, abs=0.05)
     assert history["versions"]["torch"] == torch.__version__
 
 

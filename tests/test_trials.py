@@ -103,6 +103,12 @@ def test_variants_differ_as_their_names_say():
         begins["the model"]["blocks.5.attention.inner_module.1.q.weight"], rel=0.05
     )
     assert branch["full branches"] == pytest.approx(full, rel=0.05)
+    mlp = begins["full branches"]
+    first, last = (f"blocks.5.feed_forward.inner_module.1.layers.{n}" for n in (0, 3))
+    assert mlp[f"{last}.weight"] == pytest.approx(mlp[f"{first}.weight"], rel=0.05)
+    queries = "blocks.0.attention.inner_module.1.q.weight"
+    soft = begins["zero branches, soft queries"][queries]
+    assert soft == pytest.approx(0.2 * begins["the model"][queries], rel=0.05)
     assert branch["GPT-2 scaling"] == pytest.approx(full / 12**0.5, rel=0.05)
     assert (
         begins["zero branches, zero head"]["head.weight"]
