@@ -609,7 +609,7 @@ def plot_calibration(predictions):
     labels = predictions.labels
     mean, accuracy, share, error = calibration(predictions.logits, labels)
     enough = share * len(labels) >= 10  # of fewer images, a share right means nothing
-    figure, axes = _panels(2.5)
+    figure, axes = _panels(2.2)
     axes[0].plot([0, 100], [0, 100], ":", color=GREY, label="perfectly calibrated")
     percent = 100 * mean[enough], 100 * accuracy[enough]
     axes[0].plot(*percent, "o-", color=BLUE, label="model")
