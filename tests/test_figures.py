@@ -287,13 +287,6 @@ def test_rollout_is_the_product_of_the_layers_from_the_last_to_the_first():
     assert figures.rollout(nothing).abs().max() == 0
 
 
-def test_similarity_of_known_positions():
-    position = torch.tensor([[1.0, 0.0], [0.0, 2.0], [-3.0, 0.0], [1.0, 1.0]])
-    similarity = figures.position_similarity(position)
-    assert similarity[0].tolist() == pytest.approx([1, 0, -1, 0.5**0.5])
-    torch.testing.assert_close(similarity, similarity.T)
-
-
 def test_likeness_tells_the_beginning_from_another_model():
     model, other = small_model(), small_model(seed=1)
     assert min(figures.likeness(model, small_model()).values()) > 0.9999

@@ -18,34 +18,28 @@ sys.path.insert(0, str(ROOT / "bench"))
 import trials
 
 
-@pytest.mark.parametrize("trial", trials.TRIALS, ids=lambda trial: trial.stem)
-def test_a_record_is_of_the_trial_that_is_listed(trial):
-    if not trial.path.is_file():
-        pytest.skip("not run yet")
-    record = json.loads(trial.path.read_text(encoding="utf-8"))
-    assert {key: record[key] for key in asdict(trial)} == asdict(trial)
-    assert len(record["train_losses"]) == trial.epochs
-    assert len(record["held_out_accs"]) == trial.epochs, "it was finished"
-    assert all(0 < accuracy < 1 for accuracy in record["held_out_accs"])
-
-
-def test_every_record_is_listed():
-    files = {path for path in trials.FOLDER.iterdir() if path.suffix == ".json"}
-    seeds = {trials.seed_path(seed) for seed in trials.SEEDS}
-    former = set(trials.FOLDER.glob("init-*.json"))  # of the former model
-    assert files <= {trial.path for trial in trials.TRIALS} | seeds | former
-    assert files
-
-
-@pytest.mark.parametrize("seed", trials.SEEDS)
-def test_a_record_of_a_seed_is_a_whole_quick_run(seed):
-    if not trials.seed_path(seed).is_file():
-        pytest.skip("not run yet")
-    record = json.loads(trials.seed_path(seed).read_text(encoding="utf-8"))
-    settings = {**training.PRESETS["quick"], "seed": seed}
-    assert {key: record[key] for key in settings} == settings
-    assert record["format"] == training.FORMAT, "of this model"
-    assert len(record["val_accs"]) == settings["n_epochs"]
+def test_every_record_is_of_a_trial_that_is_listed_and_was_finished():
+    records = {
+        path: json.loads(path.read_text(encoding="utf-8"))
+        for path in trials.FOLDER.glob("*.json")
+        if not path.name.startswith("init-")  # of the former model
+    }
+    assert records
+    for trial in trials.TRIALS:
+        record = records.pop(trial.path, None)
+        if record:
+            assert {key: record[key] for key in asdict(trial)} == asdict(trial)
+            assert len(record["train_losses"]) == trial.epochs
+            assert len(record["held_out_accs"]) == trial.epochs
+            assert all(0 < accuracy < 1 for accuracy in record["held_out_accs"])
+    for seed in trials.SEEDS:
+        record = records.pop(trials.seed_path(seed), None)
+        if record:
+            settings = {**training.PRESETS["quick"], "seed": seed}
+            assert {key: record[key] for key in settings} == settings
+            assert record["format"] == training.FORMAT, "of this model"
+            assert len(record["val_accs"]) == settings["n_epochs"]
+    assert not records, "listed nowhere"
 
 
 def test_a_trial_is_judged_by_images_that_it_never_trains_on(workplace, monkeypatch):
@@ -86,35 +80,39 @@ def test_the_variants_are_models_that_learn(name):
     assert all(0 < p.grad.abs().max() < math.inf for p in learned)
 
 
-def test_variants_differ_as_their_names_say():
+ATTENTION = "blocks.5.attention.inner_module.1"
+QUERY, OUT = f"{ATTENTION}.q.weight", f"{ATTENTION}.out.weight"
+MLP = "blocks.5.feed_forward.inner_module.1.layers"
+PATCH, POSITION = "patch_embedding.weight", "position_embedding"
+
+
+@pytest.mark.parametrize(
+    ("name", "parameter", "factor", "like"),
+    [
+        # Begins with so many times what the model has in the last one
+        ("zero branches, patch gain 1", PATCH, 1 / 3, PATCH),
+        ("zero branches, patch gain 2", PATCH, 2 / 3, PATCH),
+        ("zero branches, patch gain 5", PATCH, 5 / 3, PATCH),
+        ("the model", OUT, 0, QUERY),
+        ("zero branches, MLP dropout", OUT, 0, QUERY),
+        ("full branches, MLP dropout", OUT, 1, QUERY),
+        ("full branches", OUT, 1, QUERY),
+        ("full branches", f"{MLP}.3.weight", 1, f"{MLP}.0.weight"),
+        ("GPT-2 scaling", OUT, 12**-0.5, QUERY),
+        ("zero branches, soft queries", QUERY, 0.2, QUERY),
+        ("zero branches, zero head", "head.weight", 0, QUERY),
+        ("no positions", POSITION, 0, POSITION),
+    ],
+)
+def test_variants_begin_as_their_names_say(name, parameter, factor, like):
+    variant, model = (trials.MODELS[each]() for each in (name, "the model"))
+    begins = training.traits(variant)["begins"][parameter]
+    expected = factor * training.traits(model)["begins"][like]
+    assert begins == pytest.approx(expected, rel=0.05)
+
+
+def test_variants_are_built_as_their_names_say():
     make = trials.MODELS
-    begins = {name: training.traits(make[name]())["begins"] for name in make}
-    patch = {name: begins[name]["patch_embedding.weight"] for name in make}
-    for gain in (1, 2, 5):
-        ratio = patch["the model"] / patch[f"zero branches, patch gain {gain}"]
-        assert ratio == pytest.approx(3 / gain, rel=0.05)
-    branch = {
-        n: b.get("blocks.5.attention.inner_module.1.out.weight")
-        for n, b in begins.items()
-    }
-    assert branch["the model"] == branch["zero branches, MLP dropout"] == 0
-    full = branch["full branches, MLP dropout"]
-    assert full == pytest.approx(
-        begins["the model"]["blocks.5.attention.inner_module.1.q.weight"], rel=0.05
-    )
-    assert branch["full branches"] == pytest.approx(full, rel=0.05)
-    mlp = begins["full branches"]
-    first, last = (f"blocks.5.feed_forward.inner_module.1.layers.{n}" for n in (0, 3))
-    assert mlp[f"{last}.weight"] == pytest.approx(mlp[f"{first}.weight"], rel=0.05)
-    queries = "blocks.0.attention.inner_module.1.q.weight"
-    soft = begins["zero branches, soft queries"][queries]
-    assert soft == pytest.approx(0.2 * begins["the model"][queries], rel=0.05)
-    assert branch["GPT-2 scaling"] == pytest.approx(full / 12**0.5, rel=0.05)
-    assert (
-        begins["zero branches, zero head"]["head.weight"]
-        == begins["no positions"]["position_embedding"]
-        == 0
-    )
     assert make["patch 8"]().num_patches == 16
     assert make["one head"]().blocks[0].attention.inner_module[1].num_heads == 1
     layer = make["zero branches, mimetic"]().blocks[0].attention.inner_module[1]

@@ -7,13 +7,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from test_attention import many, seeds, small
-from torch import nn
 from victim import alive, small_model
 
 from vision_transformer import (
     FeedForwardBlock,
     Predictions,
-    SelfAttentionTransformerBlock,
     VisionTransformer,
     verify,
 )
@@ -101,22 +99,6 @@ def test_models_of_any_sizes_do(
     model = model_of(seed=seed, n_heads=heads, **image, **sizes)
     x = torch.randn(batch, channels, rows * patch, rows * patch).double()
     torch.testing.assert_close(model(x), reference(model, x, heads))
-
-
-@pytest.mark.fault("properties")
-@many
-@given(small, small, small, small, small, seeds)
-def test_a_block_keeps_its_first_tokens(heads, dim, length, batch, keep, seed):
-    torch.manual_seed(seed)
-    block = SelfAttentionTransformerBlock(heads * dim, 3, heads, 0.0).double()
-    x = torch.randn(batch, length, heads * dim).double()
-    torch.testing.assert_close(block(x, keep), block(x)[:, :keep])
-
-
-def test_dropout_has_the_share_of_the_course():
-    modules = VisionTransformer().modules()
-    dropouts = [m for m in modules if isinstance(m, nn.Dropout)]
-    assert [m.p for m in dropouts] == [0.2] * 12
 
 
 def test_positions_start_as_standard_normal_and_blocks_as_the_identity():
