@@ -572,7 +572,7 @@ def plot_confusion(predictions):
     matrix = confusion(predictions.logits, predictions.labels).double()
     percent = (100 * matrix / matrix.sum(dim=1, keepdim=True)).numpy()
     classes = predictions.classes
-    figure, ax = _panels(3.0, 1, 1)
+    figure, ax = _panels(2.8, 1, 1)
     drawn = ax.imshow(percent, cmap="Blues", vmin=0, vmax=100, aspect="auto")
     for i, row in enumerate(percent):
         for j, value in enumerate(row):
@@ -609,7 +609,7 @@ def plot_calibration(predictions):
     labels = predictions.labels
     mean, accuracy, share, error = calibration(predictions.logits, labels)
     enough = share * len(labels) >= 10  # of fewer images, a share right means nothing
-    figure, axes = _panels(2.2)
+    figure, axes = _panels(2.1)
     axes[0].plot([0, 100], [0, 100], ":", color=GREY, label="perfectly calibrated")
     percent = 100 * mean[enough], 100 * accuracy[enough]
     axes[0].plot(*percent, "o-", color=BLUE, label="model")
@@ -714,12 +714,6 @@ def plot_filters(model, history, number=14):
     return figure
 
 
-def position_similarity(position):
-    """Return the cosine similarities (L, L) of positional embeddings (L, D)."""
-    unit = position / position.norm(dim=-1, keepdim=True)
-    return unit @ unit.T
-
-
 @needs_results
 def plot_position_similarity(model, history):
     """Draw how alike the positional embeddings are, and their changes.
@@ -735,7 +729,7 @@ def plot_position_similarity(model, history):
     for ax, position, title in zip(
         axes, (trained, trained - initial), titles, strict=True
     ):
-        similarity = position_similarity(position)
+        similarity = torch.cosine_similarity(position[:, None], position[None], dim=-1)
         limit = (similarity - torch.diag(similarity.diag())).abs().max().item()
         side = round(len(position) ** 0.5)
         maps = similarity.reshape(side, side, side, side).numpy()

@@ -364,34 +364,19 @@ def processor_name():
 # --- Progress ---------------------------------------------------------
 
 
-class Progress:
-    """Lines that stay, and a bar that goes: on a terminal and in a notebook.
-
-    In a log, where no bar can be drawn, the lines are all.
-    """
-
-    def __init__(self, total, done):
-        shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
-        self.bar = tqdm(
-            total=total,
-            initial=done,
-            unit="step",
-            file=sys.stdout,
-            disable=False if hasattr(shell, "kernel") else None,  # in a notebook
-            leave=False,
-            mininterval=0.5,
-            ncols=76,
-        )
-
-    def step(self, loss):
-        """Move the bar; the loss is read only when the bar is drawn."""
-        if self.bar.update():
-            self.bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
-
-    def say(self, line):
-        """Print a line above the bar."""
-        self.bar.write(line, file=sys.stdout)
-        sys.stdout.flush()
+def progress_bar(total, done):
+    """Return a bar for a terminal or a notebook; in a log, only lines are written."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return tqdm(
+        total=total,
+        initial=done,
+        unit="step",
+        file=sys.stdout,
+        disable=False if hasattr(shell, "kernel") else None,  # in a notebook
+        leave=False,
+        mininterval=0.5,
+        ncols=76,
+    )
 
 
 @contextlib.contextmanager
@@ -470,15 +455,13 @@ class Run:
         self.checkpoint = Checkpoint(self.folder)
         with self._locked():
             self._restore()
-            self.progress = Progress(
-                n_epochs * steps_per_epoch, self.epochs_done * steps_per_epoch
-            )
             done = self.epochs_done
+            self.bar = progress_bar(n_epochs * steps_per_epoch, done * steps_per_epoch)
             start = f"continues after epoch {done}" if done else "starts"
-            self.progress.say(f"The run {start}; it is stored in {self.folder}.")
+            self._say(f"The run {start}; it is stored in {self.folder}.")
             self._begin_epoch()
             try:
-                with ctrl_c_waits(model), self.progress.bar:
+                with ctrl_c_waits(model), self.bar:
                     yield
             except KeyboardInterrupt:
                 print(
@@ -492,7 +475,8 @@ class Run:
     def note_step(self, loss):
         """Note the loss of a step, a tensor without axes, and show progress."""
         self._losses.append(loss.detach())
-        self.progress.step(loss)
+        if self.bar.update():  # the loss is read only when the bar is drawn
+            self.bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
 
     def note_epoch(self, accuracy, logits, labels):
         """Note what was validated after an epoch, and save a checkpoint.
@@ -511,13 +495,17 @@ class Run:
         for name, value in measured.items():
             self.history[name].append(value)
         self._save()
-        self.progress.say(
+        self._say(
             f"epoch {self.epochs_done:>3}: "
             f"loss {sum(losses) / len(losses):.3f}, validation accuracy "
             f"{accuracy:.4f} (recipe), {measured['val_accs_eval']:.4f} (eval), "
             f"{measured['epoch_seconds']:.0f} s"
         )
         self._begin_epoch()
+
+    def _say(self, line):
+        self.bar.write(line, file=sys.stdout)  # above the bar
+        sys.stdout.flush()
 
     def _begin_epoch(self):
         self._losses, self._start = [], time.perf_counter()
