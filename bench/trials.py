@@ -216,11 +216,11 @@ ABLATIONS = {
 }
 # Batch size and learning rate of the quick run
 SETTINGS = {
-    "batch 32, lr 2e-4": (32, 2e-4),
-    "batch 32, lr 3e-4": (32, 3e-4),
+    "batch 128, lr 6e-4": (128, 6e-4),
     "batch 64, lr 3e-4": (64, 3e-4),
     "batch 64, lr 6e-4": (64, 6e-4),
-    "batch 128, lr 6e-4": (128, 6e-4),
+    "batch 32, lr 3e-4": (32, 3e-4),
+    "batch 32, lr 2e-4": (32, 2e-4),
 }
 MODELS = {**FINALS, **SCREENS, **ABLATIONS, **dict.fromkeys(SETTINGS, new_model)}
 
