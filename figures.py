@@ -6,8 +6,10 @@ the model or its predictions are missing (None), either says so in one line inst
 
 import copy
 import functools
+import json
 import math
 import time
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -18,7 +20,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from attention import SelfAttention, SelfAttention2d, torch_attention
-from training import first_epoch_at
+from training import describe, first_epoch_at
 from vision_transformer import VAL_TRANSFORM, VisionTransformer
 
 BLUE, ORANGE, SKY, YELLOW, GREY = "#0072B2", "#D55E00", "#56B4E9", "#E69F00", "0.45"
@@ -381,7 +383,7 @@ def cost_rows(model):
     inner = [
         (b.attention.inner_module, b.feed_forward.inner_module) for b in model.blocks
     ]
-    tokens = [model.position_embedding, model.class_position, model.class_token]
+    tokens = [model.position_embedding, model.class_token]
     parts = {
         "patch embedding": [model.patch_embedding],
         "positions and class token": [torch.nn.ParameterList(tokens)],
@@ -426,7 +428,7 @@ def plot_patches(dataset, cache_dir, patch_size):
     patches = rearrange(
         pixels / 255, "(H p) (W q) C -> H W p q C", p=patch_size, q=patch_size
     )
-    figure = plt.figure(figsize=(WIDTH, 3.1), layout="constrained")
+    figure = plt.figure(figsize=(WIDTH, 2.7), layout="constrained")
     top, bottom = figure.subfigures(2, 1, height_ratios=[2.4, 1])
     left, right = top.subplots(1, 2)
     left.imshow(pixels)
@@ -467,10 +469,12 @@ def plot_training(history):
     """Plot training loss against steps, and validation accuracy against epochs."""
     losses, n_epochs = history["train_losses"], len(history["val_accs"])
     window = len(losses) // n_epochs
-    figure, (left, right) = _panels(2.9)
+    figure, (left, right) = _panels(2.6)
     left.plot(losses, color=SKY, linewidth=0.5, label="one step", rasterized=True)
     mean = running_mean(losses, window)
     left.plot(mean, color=BLUE, label=f"mean of {window} steps")
+    ends = window * np.arange(1, n_epochs + 1)
+    left.plot(ends, history["val_losses_eval"], "--", color=YELLOW, label="validation")
     left.set(xlabel="training step", ylabel="cross-entropy / nats", ylim=(0, None))
 
     epochs = range(1, n_epochs + 1)
@@ -497,6 +501,36 @@ def plot_training(history):
         ax.grid(alpha=0.3)
     left.legend()
     right.legend(ncols=2, loc="upper center")
+    return figure
+
+
+def plot_before_and_after(history, before="bench/former/default.json"):
+    """Plot a run against that of the former model, which is read from its history."""
+    if not Path(before).is_file():
+        print(f"Not shown (before and after): {before} is not here.")
+        return None
+    former = json.loads(Path(before).read_text(encoding="utf-8"))
+    if describe(former) != describe(history):
+        print(f"Not shown (before and after): the former run is {describe(former)}.")
+        return None
+    figure, (left, right) = _panels(2.1)
+    for run, name, color in ((former, "before", GREY), (history, "after", BLUE)):
+        n_epochs = len(run["val_accs"])
+        epochs = np.arange(1, n_epochs + 1)
+        losses = np.reshape(run["train_losses"], (n_epochs, -1)).mean(axis=1)
+        left.plot(epochs, losses, color=color, label=name)
+        for key, style, how in (
+            ("val_accs_eval", "--", "model.eval()"),
+            ("val_accs", "-", "recipe"),
+        ):
+            percent = [100 * accuracy for accuracy in run[key]]
+            right.plot(epochs, percent, style, color=color, label=f"{name}, {how}")
+    left.set(xlabel="epoch", ylabel="training cross-entropy / nats", ylim=(0, None))
+    right.set(xlabel="epoch", ylabel="validation accuracy / %")
+    for ax in (left, right):
+        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.grid(alpha=0.3)
+        ax.legend()
     return figure
 
 
@@ -538,7 +572,7 @@ def plot_confusion(predictions):
     matrix = confusion(predictions.logits, predictions.labels).double()
     percent = (100 * matrix / matrix.sum(dim=1, keepdim=True)).numpy()
     classes = predictions.classes
-    figure, ax = _panels(3.4, 1, 1)
+    figure, ax = _panels(2.8, 1, 1)
     drawn = ax.imshow(percent, cmap="Blues", vmin=0, vmax=100, aspect="auto")
     for i, row in enumerate(percent):
         for j, value in enumerate(row):
@@ -575,7 +609,7 @@ def plot_calibration(predictions):
     labels = predictions.labels
     mean, accuracy, share, error = calibration(predictions.logits, labels)
     enough = share * len(labels) >= 10  # of fewer images, a share right means nothing
-    figure, axes = _panels(2.5)
+    figure, axes = _panels(2.1)
     axes[0].plot([0, 100], [0, 100], ":", color=GREY, label="perfectly calibrated")
     percent = 100 * mean[enough], 100 * accuracy[enough]
     axes[0].plot(*percent, "o-", color=BLUE, label="model")
@@ -605,7 +639,7 @@ def plot_predictions(predictions):
         "least sure": order.flip(0)[:columns],
         "wrong, most sure": order[~right[order]][:columns],
     }
-    figure, axes = _panels(4.1, 3, columns)
+    figure, axes = _panels(3.5, 3, columns)
     figure.get_layout_engine().set(hspace=0.06)  # a row's labels apart from the next's
     for axes_row, (name, chosen) in zip(axes, rows.items(), strict=True):
         axes_row[0].set_ylabel(name)
@@ -662,7 +696,7 @@ def plot_filters(model, history, number=14):
         for each in (model, initial_model(history))
     )  # (D, p * p * C)
     size = model.patch_size
-    figure = plt.figure(figsize=(WIDTH, 2.6), layout="constrained")
+    figure = plt.figure(figsize=(WIDTH, 2.3), layout="constrained")
     panels = figure.subfigures(2, 1)
     for panel, weight, title in zip(
         panels, (trained, trained - initial), ("trained", "changed"), strict=True
@@ -680,12 +714,6 @@ def plot_filters(model, history, number=14):
     return figure
 
 
-def position_similarity(position):
-    """Return the cosine similarities (L, L) of positional embeddings (L, D)."""
-    unit = position / position.norm(dim=-1, keepdim=True)
-    return unit @ unit.T
-
-
 @needs_results
 def plot_position_similarity(model, history):
     """Draw how alike the positional embeddings are, and their changes.
@@ -693,15 +721,15 @@ def plot_position_similarity(model, history):
     Dosovitskiy et al. (2021), Fig. 7 (centre); without the initial noise.
     """
     trained, initial = (
-        each.position_embedding.detach().cpu()[0]
+        each.position_embedding.detach().cpu()[0, 1:]
         for each in (model, initial_model(history))
     )
-    figure, axes = _panels(3.6)
+    figure, axes = _panels(2.8)
     titles = ("trained", "changed by training")
     for ax, position, title in zip(
         axes, (trained, trained - initial), titles, strict=True
     ):
-        similarity = position_similarity(position)
+        similarity = torch.cosine_similarity(position[:, None], position[None], dim=-1)
         limit = (similarity - torch.diag(similarity.diag())).abs().max().item()
         side = round(len(position) ** 0.5)
         maps = similarity.reshape(side, side, side, side).numpy()
@@ -764,7 +792,7 @@ def plot_attention_distance(model, predictions):
     distances = attention_distance(weights, model.patch_size)
     even = attention_distance(torch.ones_like(weights[:1, :1, :1]), model.patch_size)
     layers = range(1, len(distances) + 1)
-    figure, ax = _panels(2.3, 1, 1)
+    figure, ax = _panels(1.9, 1, 1)
     for head, values in enumerate(distances.T):
         label = "one head" if head == 0 else None
         ax.plot(layers, values, "o", color=BLUE, alpha=0.6, label=label)
@@ -800,7 +828,7 @@ def plot_rollout(model, predictions):
     images = predictions.pixels[first]
     maps = rollout(attention_weights(model, normalised(images))).cpu()
     side = round(maps.shape[-1] ** 0.5)
-    figure, axes = _panels(1.9, 2, len(images))
+    figure, axes = _panels(1.7, 2, len(images))
     for image, heat, number, (top, bottom) in zip(
         images, maps, first, axes.T, strict=True
     ):

@@ -15,6 +15,7 @@ import datetime
 import hashlib
 import io
 import json
+import math
 import os
 import platform
 import signal
@@ -49,7 +50,7 @@ HISTORY_NAME = "history.json"
 WEIGHTS_NAME = "vision_transformer.safetensors"
 CHECKPOINT_NAME = "checkpoint.pt"
 PROBE_TOLERANCE = 1e-3
-FORMAT = 1  # of what is stored; raise it when older files can no longer be read
+FORMAT = 2  # of what is stored; raise it when older files can no longer be read
 
 
 class UserError(RuntimeError):
@@ -159,6 +160,38 @@ def probe(model):
     return copy.deepcopy(model).cpu().float().eval()(images).tolist()
 
 
+def traits(model):
+    """Return what weights do not show: how a new model begins, where it drops out.
+
+    The root mean square of every parameter, and p of every dropout, by their names.
+    """
+    return {
+        "begins": {
+            name: values.detach().cpu().double().square().mean().sqrt().item()
+            for name, values in model.named_parameters()
+        },
+        "drops_out": {
+            name: module.p
+            for name, module in model.named_modules()
+            if isinstance(module, torch.nn.Dropout)
+        },
+    }
+
+
+def _check_traits(path, model, history):
+    """Refuse the history of another model than this new one."""
+    now = traits(model)
+    for kind, words in (("begins", "begins with"), ("drops_out", "drops out")):
+        for name in sorted(now[kind].keys() | history[kind].keys()):
+            here, there = now[kind].get(name, 0), history[kind].get(name, 0)
+            if not math.isclose(here, there, rel_tol=0.15):  # drawn from other seeds
+                raise UserError(
+                    f"{path} is of another model, in which {name} {words} {there:.2g}, "
+                    f"not {here:.2g}: restore the code of that model, or train this "
+                    "one in another folder"
+                )
+
+
 def load_weights(model, state, logits, source):
     """Load a state dict, and check that the model answers ``probe`` as it did.
 
@@ -198,11 +231,11 @@ def read_history(folder):
     train_losses       cross-entropy of every step, in nats
     val_accs           accuracy after every epoch in [0, 1], as the recipe measures it
     val_accs_eval      the same with ``model.eval()``
-    val_losses_eval    validation cross-entropy with ``model.eval()``, in nats; the
-                       recorded runs were made before it was measured
+    val_losses_eval    validation cross-entropy with ``model.eval()``, in nats
     epoch_seconds      duration of every epoch, validation included; ``seconds`` is
                        their sum
     parameters         number of parameters of the model
+    begins, drops_out  how it began, and where it drops out: see ``traits``
     device, machine    where it ran; ``versions`` of Python and the libraries
     date               when it ended, UTC, ISO 8601
     probe_logits       see ``probe``
@@ -244,6 +277,7 @@ def load_record(folder, settings, model):
         folder = "."
     history = read_history(folder)
     _check_settings(Path(folder, HISTORY_NAME), history, settings)
+    _check_traits(Path(folder, HISTORY_NAME), model, history)
     path = Path(folder, WEIGHTS_NAME)
     if not path.is_file():
         return None, history
@@ -309,7 +343,10 @@ def summary(history):
         epoch = first_epoch_at(by_recipe, mark)
         reached = "not reached"
         if epoch:
-            reached = f"reached in epoch {epoch}, {by_recipe[epoch - 1]:.4f}"
+            after = hours(history) * epoch / len(by_recipe)
+            reached = (
+                f"{by_recipe[epoch - 1]:.4f} in epoch {epoch}, after {after:.2f} h"
+            )
         lines.append(f"{mark:.0%} by the recipe's measure: {reached}")
     return "\n".join(lines)
 
@@ -327,34 +364,19 @@ def processor_name():
 # --- Progress ---------------------------------------------------------
 
 
-class Progress:
-    """Lines that stay, and a bar that goes: on a terminal and in a notebook.
-
-    In a log, where no bar can be drawn, the lines are all.
-    """
-
-    def __init__(self, total, done):
-        shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
-        self.bar = tqdm(
-            total=total,
-            initial=done,
-            unit="step",
-            file=sys.stdout,
-            disable=False if hasattr(shell, "kernel") else None,  # in a notebook
-            leave=False,
-            mininterval=0.5,
-            ncols=76,
-        )
-
-    def step(self, loss):
-        """Move the bar; the loss is read only when the bar is drawn."""
-        if self.bar.update():
-            self.bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
-
-    def say(self, line):
-        """Print a line above the bar."""
-        self.bar.write(line, file=sys.stdout)
-        sys.stdout.flush()
+def progress_bar(total, done):
+    """Return a bar for a terminal or a notebook; in a log, only lines are written."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return tqdm(
+        total=total,
+        initial=done,
+        unit="step",
+        file=sys.stdout,
+        disable=False if hasattr(shell, "kernel") else None,  # in a notebook
+        leave=False,
+        mininterval=0.5,
+        ncols=76,
+    )
 
 
 @contextlib.contextmanager
@@ -433,15 +455,13 @@ class Run:
         self.checkpoint = Checkpoint(self.folder)
         with self._locked():
             self._restore()
-            self.progress = Progress(
-                n_epochs * steps_per_epoch, self.epochs_done * steps_per_epoch
-            )
             done = self.epochs_done
+            self.bar = progress_bar(n_epochs * steps_per_epoch, done * steps_per_epoch)
             start = f"continues after epoch {done}" if done else "starts"
-            self.progress.say(f"The run {start}; it is stored in {self.folder}.")
+            self._say(f"The run {start}; it is stored in {self.folder}.")
             self._begin_epoch()
             try:
-                with ctrl_c_waits(model), self.progress.bar:
+                with ctrl_c_waits(model), self.bar:
                     yield
             except KeyboardInterrupt:
                 print(
@@ -455,7 +475,8 @@ class Run:
     def note_step(self, loss):
         """Note the loss of a step, a tensor without axes, and show progress."""
         self._losses.append(loss.detach())
-        self.progress.step(loss)
+        if self.bar.update():  # the loss is read only when the bar is drawn
+            self.bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
 
     def note_epoch(self, accuracy, logits, labels):
         """Note what was validated after an epoch, and save a checkpoint.
@@ -474,13 +495,17 @@ class Run:
         for name, value in measured.items():
             self.history[name].append(value)
         self._save()
-        self.progress.say(
+        self._say(
             f"epoch {self.epochs_done:>3}: "
             f"loss {sum(losses) / len(losses):.3f}, validation accuracy "
             f"{accuracy:.4f} (recipe), {measured['val_accs_eval']:.4f} (eval), "
             f"{measured['epoch_seconds']:.0f} s"
         )
         self._begin_epoch()
+
+    def _say(self, line):
+        self.bar.write(line, file=sys.stdout)  # above the bar
+        sys.stdout.flush()
 
     def _begin_epoch(self):
         self._losses, self._start = [], time.perf_counter()
@@ -527,12 +552,14 @@ class Run:
                 "format": FORMAT,
                 **{name: [] for name in (*lists, "epoch_seconds")},
                 "parameters": sum(p.numel() for p in self.model.parameters()),
+                **traits(self.model),
             }
             self._save()  # an interruption in the first epoch must find its beginning
             return
         path = self.checkpoint.path
         self.history = state["history"]
         _check_settings(path, self.history, {**self.settings, "format": FORMAT})
+        _check_traits(path, self.model, self.history)
         load_weights(self.model, state["model"], state["probe_logits"], path)
         self.optimizer.load_state_dict(state["optimizer"])
         for name, module in self._random().items():

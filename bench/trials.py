@@ -4,6 +4,11 @@ Choices and ablations never look at the test images: 5,000 of the 50,000 trainin
 are held out, and every trial is judged by them. It trains on ``images`` of the others,
 for ``epochs`` passes. The seeds are whole quick runs by the recipe.
 
+The records called ``init`` are of the former model, whose branches began at full size;
+its whole runs are in ``bench/former``, as is one with the paper's dropout that was
+broken off (``begun.json``). Screens and finals were run with code that drew the same
+weights in another order, so to run them again gives other numbers.
+
 A finished trial is a file in ``bench/trials`` and is not run again. An interrupted one
 continues after its last epoch, from its folder in ``build/trials``.
 """
@@ -13,7 +18,6 @@ import json
 import math
 import sys
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -45,21 +49,21 @@ SEEDS = (1, 2)  # beside 0, that of the run in report/quick
 
 @dataclass
 class Trial:
-    """One run; ``make`` names its model in ``MODELS``."""
+    """One run of the model that is called ``name`` in ``MODELS``."""
 
     group: str
     name: str
-    make: str
+    epochs: int
+    images: int
     batch_size: int = 64
     lr: float = 3e-4
-    epochs: int = 2
-    images: int = 15_000
     seed: int = 0
 
     @property
     def stem(self):
         """The name of its file and of its folder."""
-        return f"{self.group} {self.name}".replace(",", "").replace(" ", "-")
+        stem = f"{self.group} {self.name}".replace(",", "").replace(" ", "-")
+        return stem + f"-seed-{self.seed}" * bool(self.seed)
 
     @property
     def path(self):
@@ -70,71 +74,29 @@ class Trial:
 # --- Models --------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def patches(model, factor):
-    """Scale the weights of the patch embedding."""
-    model.patch_embedding.weight.mul_(factor)
-    return model
+def new_model(**sizes):
+    """The model of the report: branches that begin at zero, dropout in the MLPs."""
+    return ours.VisionTransformer(**sizes)
 
 
-@torch.no_grad()
-def branches(model, factor):
-    """Scale the last linear layer of both residual branches of every block."""
+def full_branches(model, gain=1.0):
+    """Let the last layer of every branch begin as the other linear layers do."""
     for block in model.blocks:
-        block.attention.inner_module[1].out.weight.mul_(factor)
-        block.feed_forward.inner_module[1].layers[3].weight.mul_(factor)
+        nn.init.xavier_uniform_(block.attention.inner_module[1].out.weight, gain)
+        nn.init.xavier_uniform_(
+            block.feed_forward.inner_module[1].layers[3].weight, gain
+        )
     return model
 
 
-def zero_branches(gain=3):
-    """Every block begins as the identity: Zhang et al. (2019), "Fixup"."""
-    return patches(branches(ours.VisionTransformer(), 0), gain / 3)
-
-
-def gpt2_branches():
+def gpt2_branches(model):
     """Branches times 1 / sqrt(2N) in a model of N blocks: Radford et al. (2019)."""
-    model = ours.VisionTransformer()
-    return branches(model, 1 / math.sqrt(2 * len(model.blocks)))
+    return full_branches(model, 1 / math.sqrt(2 * len(model.blocks)))
 
 
-def pytorch():
-    """All linear layers as PyTorch initialises them."""
-    model = ours.VisionTransformer()
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            module.reset_parameters()
-    return model
-
-
-@torch.no_grad()
-def mimetic_keys(model):
-    """Let tokens find their like: per head W_Q W_K^T is near 0.7 Z + 0.7 I.
-
-    Trockman and Kolter (2023), "Mimetic Initialization of Self-Attention Layers", with
-    random numbers Z.
-    """
-    for block in model.blocks:
-        layer = block.attention.inner_module[1]
-        size, rank = layer.embed_dim, layer.head_dim
-        for head in range(layer.num_heads):
-            rows = slice(head * rank, (head + 1) * rank)
-            noise = torch.randn(size, size) / math.sqrt(rank)
-            u, s, vt = torch.linalg.svd(0.7 * noise + 0.7 * torch.eye(size))
-            layer.q.weight[rows] = (u[:, :rank] * s[:rank].sqrt()).T
-            layer.k.weight[rows] = s[:rank].sqrt()[:, None] * vt[:rank]
-    return model
-
-
-@torch.no_grad()
-def mimetic_values(model):
-    """Likewise W_V W_O near 0.4 Z - 0.4 I."""
-    for block in model.blocks:
-        layer = block.attention.inner_module[1]
-        size = layer.embed_dim
-        noise = torch.randn(size, size) / math.sqrt(size)
-        u, s, vt = torch.linalg.svd(0.4 * noise - 0.4 * torch.eye(size))
-        layer.v.weight.copy_((u * s.sqrt()).T)
-        layer.out.weight.copy_((s.sqrt()[:, None] * vt).T)
+def patches(model, gain):
+    """Begin with another gain of the patch embedding; that of the model is 3."""
+    nn.init.xavier_uniform_(model.patch_embedding.weight, gain)
     return model
 
 
@@ -152,33 +114,48 @@ def zero_head(model):
     return model
 
 
+@torch.no_grad()
+def mimetic(model):
+    """Let attention begin as trained attention looks: Trockman and Kolter (2023).
+
+    Per head W_Q W_K^T is near 0.7 Z + 0.7 I, with random numbers Z. What they do to
+    W_V W_O is lost where W_O begins at zero.
+    """
+    for block in model.blocks:
+        layer = block.attention.inner_module[1]
+        size, rank = layer.embed_dim, layer.head_dim
+        for head in range(layer.num_heads):
+            rows = slice(head * rank, (head + 1) * rank)
+            noise = torch.randn(size, size) / math.sqrt(rank)
+            u, s, vt = torch.linalg.svd(0.7 * noise + 0.7 * torch.eye(size))
+            layer.q.weight[rows] = (u[:, :rank] * s[:rank].sqrt()).T
+            layer.k.weight[rows] = s[:rank].sqrt()[:, None] * vt[:rank]
+    return model
+
+
+def block_dropout(model):
+    """Drop out also after the output projection of attention."""
+    for block in model.blocks:
+        layer = block.attention.inner_module[1]
+        layer.out = nn.Sequential(layer.out, ours.Dropout(0.2))
+    return model
+
+
 class DropoutBefore(nn.Module):
     """A block with dropout of its input."""
 
-    def __init__(self, block, p_dropout):
+    def __init__(self, block):
         super().__init__()
-        self.dropout, self.block = ours.Dropout(p_dropout), block
+        self.dropout, self.block = ours.Dropout(0.2), block
 
     def forward(self, x, keep=None):
         return self.block(self.dropout(x), keep)
 
 
-def block_dropout(model, p_dropout=0.2):
-    """Drop out also after the output projection of attention."""
-    for block in model.blocks:
-        layer = block.attention.inner_module[1]
-        layer.out = nn.Sequential(layer.out, ours.Dropout(p_dropout))
-    return model
-
-
-def paper_dropout(model, p_dropout=0.2):
-    """Drop out also after attention's output and after the positions are added.
-
-    Dosovitskiy et al. (2021), Appendix B.1: after every dense layer except those for
-    queries, keys and values, and directly after adding the positions.
-    """
-    model = block_dropout(model, p_dropout)
-    model.blocks[0] = DropoutBefore(model.blocks[0], p_dropout)
+def paper_dropout(model):
+    """Likewise, and after the positions: Dosovitskiy et al. (2021), Appendix B.1."""
+    model = block_dropout(model)
+    model.blocks[0] = DropoutBefore(model.blocks[0])
     return model
 
 
@@ -195,96 +172,72 @@ class PostNormBlock(nn.Module):
         return self.mlp_norm(x + self.mlp(x))
 
 
-def post_norm():
+def post_norm(model):
     """Layer norm behind each residual connection instead of in front of each layer."""
-    model = ours.VisionTransformer()
-    model.blocks = nn.ModuleList(PostNormBlock(block) for block in model.blocks)
+    model.blocks = nn.ModuleList(map(PostNormBlock, model.blocks))
     model.norm = nn.Identity()  # the last block normalises already
     return model
 
 
-def no_positions():
+def no_positions(model):
     """No positional embedding, neither for patches nor for the class token."""
-    model = ours.VisionTransformer()
-    for name, parameter in model.named_parameters():
-        if "position" in name:
-            nn.init.zeros_(parameter).requires_grad_(False)
+    nn.init.zeros_(model.position_embedding).requires_grad_(False)
     return model
 
 
-MODELS = {
-    "default": ours.VisionTransformer,
-    "pytorch": pytorch,
-    "mimetic": lambda: mimetic_values(mimetic_keys(pytorch())),
-    "loud_patches": lambda: patches(pytorch(), 3),
-    "xavier": lambda: patches(ours.VisionTransformer(), 1 / 3),
-    "zero_branches": zero_branches,
-    "zero_branches_gain_1": partial(zero_branches, gain=1),
-    "zero_branches_gain_2": partial(zero_branches, gain=2),
-    "zero_branches_gain_5": partial(zero_branches, gain=5),
-    "zero_branches_mimetic": lambda: mimetic_keys(zero_branches()),
-    "zero_branches_soft_queries": lambda: soft_queries(zero_branches()),
-    "zero_branches_zero_head": lambda: zero_head(zero_branches()),
-    "gpt2_branches": gpt2_branches,
-    "zero_branches_block_dropout": lambda: block_dropout(zero_branches()),
-    "zero_branches_paper_dropout": lambda: paper_dropout(zero_branches()),
-    "no_positions": no_positions,
-    "one_head": partial(ours.VisionTransformer, n_heads=1),
-    "patch_8": partial(ours.VisionTransformer, patch_size=8),
-    "patch_2": partial(ours.VisionTransformer, patch_size=2),
-    "no_dropout": partial(ours.VisionTransformer, p_dropout=0.0),
-    "post_norm": post_norm,
+FINALS = {
+    "full branches, MLP dropout": lambda: full_branches(new_model()),
+    "zero branches, MLP dropout": new_model,
+    "zero branches, block dropout": lambda: block_dropout(new_model()),
+    "zero branches, paper dropout": lambda: paper_dropout(new_model()),
 }
+SCREENS = {
+    "full branches, patch gain 3": lambda: full_branches(new_model()),
+    "zero branches, patch gain 3": new_model,
+    "zero branches, patch gain 1": lambda: patches(new_model(), 1),
+    "zero branches, patch gain 2": lambda: patches(new_model(), 2),
+    "zero branches, patch gain 5": lambda: patches(new_model(), 5),
+    "GPT-2 scaling": lambda: gpt2_branches(new_model()),
+    "zero branches, mimetic": lambda: mimetic(new_model()),
+    "zero branches, block dropout": lambda: block_dropout(new_model()),
+    "zero branches, paper dropout": lambda: paper_dropout(new_model()),
+    "zero branches, zero head": lambda: zero_head(new_model()),
+    "zero branches, soft queries": lambda: soft_queries(new_model()),
+}
+ABLATIONS = {
+    "the model": new_model,
+    "no positions": lambda: no_positions(new_model()),
+    "one head": lambda: new_model(n_heads=1),
+    "patch 8": lambda: new_model(patch_size=8),
+    "no dropout": lambda: new_model(p_dropout=0.0),
+    "paper dropout": lambda: paper_dropout(new_model()),
+    "post-norm": lambda: post_norm(new_model()),
+    "full branches": lambda: full_branches(new_model()),
+}
+# Batch size and learning rate of the quick run
+SETTINGS = {
+    "batch 128, lr 6e-4": (128, 6e-4),
+    "batch 64, lr 3e-4": (64, 3e-4),
+    "batch 64, lr 6e-4": (64, 6e-4),
+    "batch 32, lr 3e-4": (32, 3e-4),
+    "batch 32, lr 2e-4": (32, 2e-4),
+}
+MODELS = {**FINALS, **SCREENS, **ABLATIONS, **dict.fromkeys(SETTINGS, new_model)}
 
 
 # --- Running -------------------------------------------------------------------------
 
 TRIALS = [
-    Trial("init", "pytorch", "pytorch"),
-    Trial("init", "mimetic", "mimetic"),
-    Trial("init", "loud patches", "loud_patches"),
-    Trial("init", "xavier", "xavier"),
-    Trial("init", "xavier, loud patches", "default"),
-    Trial("settings", "batch 32, lr 3e-4", "default", batch_size=32),
-    Trial("ablation", "no positions", "no_positions"),
-    Trial("ablation", "one head", "one_head"),
-    Trial("ablation", "patch 8", "patch_8"),
-    Trial("ablation", "no dropout", "no_dropout"),
-    Trial("ablation", "post norm", "post_norm"),
-    Trial("ablation", "patch 2", "patch_2"),
+    *(Trial("screen", name, epochs=1, images=15_000) for name in SCREENS),
+    *(Trial("final", name, 40, 5_000, batch_size=128) for name in FINALS),
     *(
-        Trial("final", name, make, batch_size=128, epochs=40, images=5_000)
-        for name, make in {
-            "full branches, MLP dropout": "default",
-            "zero branches, MLP dropout": "zero_branches",
-            "zero branches, block dropout": "zero_branches_block_dropout",
-            "zero branches, paper dropout": "zero_branches_paper_dropout",
-        }.items()
+        Trial("settings", name, 4, 15_000, *setting)
+        for name, setting in SETTINGS.items()
     ),
     *(
-        Trial("quick", name, "zero_branches", batch_size, lr, epochs=4)
-        for name, batch_size, lr in (
-            ("batch 32, lr 3e-4", 32, 3e-4),
-            ("batch 64, lr 3e-4", 64, 3e-4),
-            ("batch 64, lr 6e-4", 64, 6e-4),
-            ("batch 128, lr 6e-4", 128, 6e-4),
-        )
-    ),
-    *(
-        Trial("screen", name, make, epochs=1)
-        for name, make in {
-            "full branches, patch gain 3": "default",
-            "zero branches, patch gain 3": "zero_branches",
-            "zero branches, patch gain 1": "zero_branches_gain_1",
-            "zero branches, patch gain 2": "zero_branches_gain_2",
-            "zero branches, patch gain 5": "zero_branches_gain_5",
-            "zero branches, mimetic": "zero_branches_mimetic",
-            "zero branches, soft queries": "zero_branches_soft_queries",
-            "zero branches, zero head": "zero_branches_zero_head",
-            "zero branches, block dropout": "zero_branches_block_dropout",
-            "zero branches, paper dropout": "zero_branches_paper_dropout",
-            "GPT-2 scaling": "gpt2_branches",
-        }.items()
+        Trial("ablation", name, 20, 5_000, batch_size=128, seed=seed)
+        for name in ABLATIONS
+        for seed in ((0, 1, 2) if name == "the model" else (0,))
     ),
 ]
 
@@ -307,7 +260,7 @@ def loaders(trial, cache_dir):
 def run(trial, cache_dir, device):
     """Train and judge one trial, or continue it; return its record."""
     torch.manual_seed(trial.seed)
-    model = MODELS[trial.make]().to(device)
+    model = MODELS[trial.name]().to(device)
     training_run = Run(asdict(trial), RUNS / trial.stem)
     train_loader, held_out = loaders(trial, cache_dir)
     if training_run.is_finished:
@@ -342,8 +295,9 @@ def run_seed(seed, cache_dir, device):
     """Train, or continue, the quick run with another seed; return its record."""
     settings = PRESETS["quick"] | {"seed": seed}
     _, history = ours.train_run(settings, cache_dir, device)
-    kept = ["val_accs", "val_accs_eval", "epoch_seconds", "machine", "versions"]
-    return {key: history[key] for key in [*settings, *kept, "date", "weights_sha256"]}
+    kept = ["val_accs", "val_accs_eval", "epoch_seconds", "machine", "versions", "date"]
+    kept += ["format", "weights_sha256"]
+    return {key: history[key] for key in [*settings, *kept]}
 
 
 def store(path, record):

@@ -11,7 +11,7 @@ from pathlib import Path
 from report.identity import tomllib
 from report.notebooks import read_notebook
 from report.pairs import SCRIPTS, bring_together, first_not_executed, provenance
-from report.pdf import LISTINGS, fingerprint, keywords, make_pdf
+from report.pdf import LISTINGS, make_pdf
 from training import HISTORY_NAME, WEIGHTS_NAME, UserError, checksum, write_whole
 
 DIST = Path("dist")
@@ -42,9 +42,9 @@ VERIFY = {
 def make_zip(submission, weights=True, keep=None):
     """Make ``dist/Surname-MatriculationNumber.zip``, test it as a grader would.
 
-    What was edited is brought together first, see ``pairs.bring_together``, and a PDF
-    that lags behind is made again. What has to be executed or trained before is refused
-    with ``UserError``, and a ZIP made earlier is left as it is. Only the modules that a
+    What was edited is brought together first, see ``pairs.bring_together``, and the PDF
+    is made again. What has to be executed or trained before is refused with
+    ``UserError``, and a ZIP made earlier is left as it is. Only the modules that a
     notebook imports may be newer, as without the data set; the PDF says so. Returns the
     path.
     """
@@ -82,9 +82,7 @@ def _make_ready(submission, weights, keep):
         bring_together(script, notebook, keep)
         _check_notebook(script, notebook)
     _check_record(submission, weights)
-    if fingerprint(submission) not in keywords(submission.pdf):
-        print(f"{submission.pdf.as_posix()} is not up to date: it is made again.")
-        make_pdf(submission)
+    make_pdf(submission)  # of the notebooks as they are now
 
 
 def _check_notebook(script, notebook):

@@ -1,6 +1,5 @@
 """Who hands in, and the file names that follow from it."""
 
-import dataclasses
 import os
 import unicodedata
 from dataclasses import dataclass
@@ -62,17 +61,7 @@ def read_student(path=STUDENT_FILE, environment=os.environ):
         if isinstance(value, bool) or not isinstance(value, str | int):
             raise UserError(f"{key} must be a text in quotes, got {value!r}")
         values.append(str(value))
-    student = check_student(*values)
-    typed = {
-        key: value
-        for variable, key, value in zip(VARIABLES, KEYS, values, strict=True)
-        if variable in environment and value != str(stored.get(key, ""))
-    }
-    if typed:
-        lines = ", ".join(f'{key} = "{value}"' for key, value in typed.items())
-        note = f"To type this only once, write into report/{STUDENT_FILE.name}: {lines}"
-        student = dataclasses.replace(student, notes=(*student.notes, note))
-    return student
+    return check_student(*values)
 
 
 def check_student(surname, given_name, matriculation_number):

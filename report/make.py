@@ -235,7 +235,7 @@ def run_program(name):
         ],
         "train": [[python, "train.py", *options]],
         "verify": [[python, "train.py", "--verify", *options]],
-        "faults": [[*pytest, "--quiet", "--faults"]],
+        "faults": [[*pytest, "--quiet", "-m", "fault"]],
         "bench": [[python, str(Path("bench", "speed.py"))]],
     }
     if name == "bench":  # needs more than the rest

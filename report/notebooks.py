@@ -15,7 +15,7 @@ import jupytext
 import nbformat
 import torch
 from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
+from nbclient.exceptions import CellExecutionError, CellTimeoutError
 
 from training import UserError, processor_name, write_whole
 
@@ -54,15 +54,7 @@ def read_notebook(path):
             _, notebook = nbformat.validator.normalize(notebook)
             nbformat.validate(notebook)
         return notebook
-    # The last three come of what is JSON, but no notebook
-    except (
-        OSError,
-        ValueError,
-        nbformat.ValidationError,
-        AttributeError,
-        KeyError,
-        TypeError,
-    ) as error:
+    except Exception as error:  # whatever no notebook makes a reader raise
         reason = str(error).split("\n")[0][:80]
         raise UserError(f"{path} cannot be read as a notebook ({reason})") from error
 
@@ -111,8 +103,9 @@ def execute(notebook, name, timeout=CELL_SECONDS):
         why, cause = ANSI.sub("", f"{error.ename}: {error.evalue}"), error
     except CellTimeoutError as error:
         why, cause = f"it took longer than {timeout} s", error
-    except DeadKernelError as error:
-        why, cause = "the kernel died, perhaps for lack of memory", error
+    except RuntimeError as error:  # that it is dead, or did not answer in time
+        why = "the kernel died, perhaps for lack of memory, or does not answer"
+        cause = error
     else:
         notebook.metadata["provenance"] = _provenance()
         return

@@ -53,7 +53,7 @@ def contents(notebook):
 
 def text_of(cell):
     """Return the source of a cell without what no reader sees."""
-    lines = cell.source.replace("\r\n", "\n").split("\n")
+    lines = cell.source.split("\n")  # each perhaps with a \r of Windows
     return "\n".join(line.rstrip() for line in lines).strip("\n")
 
 
@@ -62,36 +62,13 @@ def digest(value):
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
-def differences(script, notebook):
-    """Compare the cells of a script and a stored notebook, by content.
-
-    Returns where they differ, in words; an empty list when they agree.
-    """
-    books = read_script(script), read_notebook(notebook)
-    names = Path(script).name, Path(notebook).name
-    numbers = [[number for number, _ in handwritten(book)] for book in books]
-    ours, theirs = map(cell_checksums, books)
-    matcher = difflib.SequenceMatcher(None, ours, theirs, autojunk=False)
-    found = []
-    for kind, i, j, k, m in matcher.get_opcodes():
-        which, part = (0, slice(i, j)) if kind == "delete" else (1, slice(k, m))
-        if kind != "equal":
-            found += [f"cell {n} of {names[which]}" for n in numbers[which][part]]
-    return found
-
-
 def cell_checksums(notebook):
     """Return the checksums of all that is compared, one for each cell."""
     return [*map(digest, contents(notebook))]
 
 
 def _edits(path, notebook, made_from):
-    """Say in words in which cells a notebook, or script, is not what it was made from.
-
-    Without ``made_from`` this is not known, and the answer is empty.
-    """
-    if not made_from:
-        return []
+    """Say in which cells a notebook, or script, is not what it was made from."""
     found = [
         f'cell {number} of {path} ("{text_of(cell).splitlines()[0][:40]}")'
         for (number, cell), now in zip(
@@ -176,9 +153,9 @@ def bring_together(script, notebook, keep=None):
         return
     if was_edited == (True, True):
         if keep is None:
-            places = _edits(notebook, theirs, made_from)
-            places += _edits(script, ours, made_from)
-            places = places or differences(script, notebook)
+            # Where that is not known, each is compared with the other
+            places = _edits(notebook, theirs, made_from or cell_checksums(ours))
+            places += _edits(script, ours, made_from or cell_checksums(theirs))
             raise UserError(
                 f"{notebook} and {script} were both edited, or were never the same "
                 f"({', '.join(places[:4])}{' and more' * (len(places) > 4)}): type the "

@@ -3,7 +3,6 @@
 import base64
 import contextlib
 import datetime
-import hashlib
 import json
 import re
 import shutil
@@ -12,49 +11,19 @@ from pathlib import Path
 
 import nbformat
 import pypandoc
-import pypdf
 import typst
 from nbconvert import MarkdownExporter
 
 from report.notebooks import read_notebook
 from report.pairs import provenance
-from report.tables import FIGURE, TRIALS, origin, points, trials
-from training import HISTORY_NAME, QUICK_RECORD, UserError, write_whole
+from report.tables import FIGURE, origin, points, trials
+from training import UserError, write_whole
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 # Complete, in the appendix
 LISTINGS = ("figures.py", "training.py", "dataset.py", "train.py")
 IMAGE_TYPES = {"image/svg+xml": "svg", "image/png": "png"}
-
-
-def fingerprint(submission):
-    """Return a checksum of all that the PDF of a ``Submission`` is made of.
-
-    It stands in the PDF, so that an outdated one can be told by its content.
-    """
-    who = submission.student
-    identity = who.surname, who.given_name, who.matriculation_number
-    digest = hashlib.sha256(repr(identity).encode())
-    own = [HERE.glob(f"*.{kind}") for kind in ("py", "typ", "lua", "bib")]
-    for path in (
-        *submission.notebooks,
-        submission.run / HISTORY_NAME,
-        *(ROOT / name for name in LISTINGS),
-        *(path for paths in (*own, TRIALS.glob("*.json")) for path in sorted(paths)),
-        ROOT / QUICK_RECORD / HISTORY_NAME,
-    ):
-        digest.update(path.read_bytes() if path.is_file() else b"")
-    return digest.hexdigest()
-
-
-def keywords(pdf):
-    """Return the keywords of a PDF as a list, empty if it cannot be read."""
-    try:
-        metadata = pypdf.PdfReader(pdf).metadata or {}
-    except (OSError, pypdf.errors.PyPdfError):
-        return []
-    return re.split(r"[,;]\s*", metadata.get("/Keywords", ""))
 
 
 def use_system_fonts(student):
@@ -118,7 +87,6 @@ def make_pdf(submission):
 def _facts(submission, notebooks):
     """Return what the template shows besides the notebooks."""
     who = submission.student
-    kinds = ["demo data"] * submission.demo + ["draft"] * who.is_placeholder
     days = [provenance(book).get("executed") for book in notebooks]
     latest = max(filter(None, days), default=submission.history["date"])[:10]
     return {
@@ -128,7 +96,6 @@ def _facts(submission, notebooks):
         "draft": who.is_placeholder,
         "demo": submission.demo,
         "date": [int(part) for part in latest.split("-")],
-        "keywords": [*kinds, fingerprint(submission)],
         "provenance": origin(submission),
         "points": points(notebooks, submission.history),
     }

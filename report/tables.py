@@ -123,7 +123,8 @@ def at_the_end(trial):
 
 
 def _short_runs(runs):
-    header = "group, trial, batch, rate, epochs x images, seed, recipe / %, eval / %"
+    header = "group, trial, batch, rate, epochs x images, seed, time / min, recipe / %"
+    header += ", eval / %"
     rows = [
         [
             run["group"],
@@ -132,6 +133,7 @@ def _short_runs(runs):
             f"{run['lr']:g}",
             f"{run['epochs']} x {run['images']:,}",
             run["seed"],
+            f"{run['epochs'] * statistics.median(run['epoch_seconds']) / 60:.0f}",
             *_percents(at_the_end(run)[:2]),
             *(f"{loss:.3f}" for loss in at_the_end(run)[2:]),
         ]
@@ -144,7 +146,9 @@ def _short_runs(runs):
         "**Table 1.** Short runs, by group, the best of each first: accuracy on held-"
         "out training images after the last epoch, or the mean over the last five if "
         "there are 20 or more, as the recipe measures it (dropout active) and in "
-        "evaluation mode (eval)" + ", as is the loss" * has_loss + ". {#table-1}",
+        "evaluation mode (eval)" + ", as is the loss" * has_loss + ". The time is "
+        "epochs times the median epoch, on one or two cores. A patch gain multiplies "
+        "the initial weights of the patch embedding. {#table-1}",
     )
 
 

@@ -1,5 +1,6 @@
 """Shared by the tests: copies of the project, edits of it, the table of faults."""
 
+import collections
 import contextlib
 import os
 import shutil
@@ -38,10 +39,7 @@ def run_script(name, *arguments, folder=ROOT, timeout=120, **environment):
 
 def assert_same_weights(model, other):
     """Assert that two models hold the same weights, bit for bit."""
-    for (name, a), (_, b) in zip(
-        model.state_dict().items(), other.state_dict().items(), strict=True
-    ):
-        assert torch.equal(a, b), f"{name} differs"
+    torch.testing.assert_close(model.state_dict(), other.state_dict(), rtol=0, atol=0)
 
 
 def only_files(folder):
@@ -117,28 +115,7 @@ def report_pdf(reported):
 # --- `make faults`: the tests marked fault(row), the slow ones included, as a table ---
 
 
-def pytest_addoption(parser):
-    parser.addoption(
-        "--faults",
-        action="store_true",
-        help="only the tests marked fault, slow ones too, as a table",
-    )
-
-
-def pytest_configure(config):
-    config.addinivalue_line("markers", "fault(row): a case of the table of faults")
-    config.addinivalue_line("markers", "slow: only in `make faults`")
-
-
-def pytest_collection_modifyitems(config, items):
-    def is_wanted(item):
-        if config.option.faults:
-            return item.get_closest_marker("fault")
-        return not item.get_closest_marker("slow")
-
-    left_out = [item for item in items if not is_wanted(item)]
-    config.hook.pytest_deselected(items=left_out)
-    items[:] = [item for item in items if item not in left_out]
+def pytest_collection_modifyitems(items):
     for item in items:
         fault = item.get_closest_marker("fault")
         if fault:
@@ -146,25 +123,17 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    if not config.option.faults:
+    if config.option.markexpr != "fault":
         return
-    rows = {}
+    rows = collections.defaultdict(collections.Counter)
     for outcome in ("passed", "failed", "error", "skipped"):
         for result in terminalreporter.getreports(outcome):
             properties = dict(getattr(result, "user_properties", ()))
-            if "fault" not in properties:
-                continue
-            row = rows.setdefault(
-                properties["fault"], {"tried": 0, "held": 0, "skipped": 0}
-            )
-            # A test of many cases tells how many it tried, as "cases"
-            cases = properties.get("cases", 1)
-            if outcome == "skipped":
-                row["skipped"] += 1
-            elif result.when != "teardown":
-                row["tried"] += cases
-                row["held"] += cases * (outcome == "passed")
+            if "fault" in properties:
+                # A test of many cases tells how many it tried, as "cases"
+                rows[properties["fault"]][outcome] += properties.get("cases", 1)
     write = terminalreporter.write_line
     write(f"\n{'case':<36}{'tried':>8}{'held':>8}{'skipped':>9}")
     for name, row in sorted(rows.items()):
-        write(f"{name:<36}{row['tried']:>8}{row['held']:>8}{row['skipped']:>9}")
+        tried = row["passed"] + row["failed"] + row["error"]
+        write(f"{name:<36}{tried:>8}{row['passed']:>8}{row['skipped']:>9}")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from victim import small_model
+from victim import alive, small_model
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -18,6 +18,7 @@ import figures
 import report.demo
 import vision_transformer
 from attention import SelfAttention2d
+from training import PRESETS
 from vision_transformer import Predictions, VisionTransformer
 
 TEMPLATE = (ROOT / "report" / "template.typ").read_text(encoding="utf-8")
@@ -47,11 +48,13 @@ WITHOUT_UNIT = {
 }
 LOGITS = 9 * torch.eye(4)[[0, 0, 1, 2, 3, 3]]
 LABELS = torch.tensor([0, 1, 1, 2, 3, 0])
+FORMER = ROOT / "bench" / "former" / "default.json"
 HISTORY = {
     "seed": 1,
     "train_losses": [2.0, 1.5, 1.2, 1.0],
     "val_accs": [0.3, 0.4],
     "val_accs_eval": [0.4, 0.5],
+    "val_losses_eval": [1.4, 1.3],
 }
 
 
@@ -70,6 +73,7 @@ def drawn():
         figures.plot_architecture: (model,),
         figures.plot_patches: (report.demo.DemoCIFAR10, "data", 4),
         figures.plot_training: (HISTORY,),
+        figures.plot_before_and_after: ({**HISTORY, **PRESETS["default"]}, FORMER),
         figures.plot_confusion: (predictions,),
         figures.plot_calibration: (predictions,),
         figures.plot_predictions: (predictions,),
@@ -143,6 +147,12 @@ def test_figures_have_labels_units_and_legends_and_fit_the_text(name):
     figure.canvas.draw()
     assert problems(figure) == []
     assert figure.get_figwidth() <= figures.WIDTH
+
+
+def test_a_run_of_other_settings_is_not_compared_with_the_former_one(capsys):
+    history = {**HISTORY, **PRESETS["default"], "batch_size": 64}
+    assert figures.plot_before_and_after(history, FORMER) is None
+    assert "the former run is CIFAR10, batch size 128" in capsys.readouterr().out
 
 
 def test_no_plot_is_left_out():
@@ -231,13 +241,13 @@ def test_calibration_of_known_confidences():
 
 
 def test_collected_weights_are_those_of_the_model():
-    model = small_model(layers=3).eval()
+    model = alive(small_model(layers=3)).eval()
     images = torch.randn(2, 3, 32, 32)
     weights = figures.attention_weights(model, images)
     assert weights.shape == (3, 2, 4, 65, 65)
     torch.testing.assert_close(weights.sum(-1), torch.ones(3, 2, 4, 65))
     x = model.patchify(images)
-    token = (model.class_token + model.class_position).expand(2, -1, -1)
+    token = (model.class_token + model.position_embedding[:, :1]).expand(2, -1, -1)
     x = torch.cat([token, x], dim=1)
     for number, block in enumerate(model.blocks):
         norm, attention = block.attention.inner_module
@@ -275,13 +285,6 @@ def test_rollout_is_the_product_of_the_layers_from_the_last_to_the_first():
     torch.testing.assert_close(figures.rollout(weights), torch.stack(rows))
     nothing = torch.eye(5).expand(3, 2, 4, 5, 5)
     assert figures.rollout(nothing).abs().max() == 0
-
-
-def test_similarity_of_known_positions():
-    position = torch.tensor([[1.0, 0.0], [0.0, 2.0], [-3.0, 0.0], [1.0, 1.0]])
-    similarity = figures.position_similarity(position)
-    assert similarity[0].tolist() == pytest.approx([1, 0, -1, 0.5**0.5])
-    torch.testing.assert_close(similarity, similarity.T)
 
 
 def test_likeness_tells_the_beginning_from_another_model():

@@ -13,16 +13,11 @@ KEPT = [
     ("Müller", "Müller"),
     ("Mu\u0308ller", "Müller"),  # NFD
     ("Straße", "Straße"),
-    ("Lüdenscheidt-Müller", "Lüdenscheidt-Müller"),
-    ("Łukasiewicz", "Łukasiewicz"),
-    ("Nguyễn", "Nguyễn"),
     ("Ö", "Ö"),
     ("von der Leyen", "von-der-Leyen"),
     ("  Meier  ", "Meier"),
     ("Иванов", "Иванов"),
-    ("Παπαδόπουλος", "Παπαδόπουλος"),
     ("王", "王"),
-    ("김", "김"),
     ("محمد", "محمد"),
     ("כהן", "כהן"),
     ("शर्मा", "शर्मा"),
@@ -31,31 +26,22 @@ KEPT = [
 REFUSED = [
     ("O'Brien", "OBrien"),
     ("O’Brien", "OBrien"),  # noqa: RUF001
-    ("D`Angelo", "DAngelo"),
     ("Meier/Huber", "Meier-Huber"),
-    ("Meier\\Huber", "Meier-Huber"),
     ("../Meier", "Meier"),
     ("..", None),
     ("", None),
-    ("   ", None),
     ("-", None),
     ("-Meier-", "Meier"),
     ("Meier--Huber", "Meier-Huber"),
-    ("Meier  Huber", "Meier-Huber"),
-    ("Meier - Huber", "Meier-Huber"),
     ("Meier_Huber", "Meier-Huber"),
     ("Dr. Meier", "Dr-Meier"),
     ("$(touch x)", "touch-x"),
-    ("Meier&Huber", "Meier-Huber"),
-    ("Meier\n", "Meier"),
     ("Meier\x00", "Meier"),
     ("Meier\x1b[31m", "Meier-m"),
     ("Meier\u202e", "Meier"),  # right-to-left override
     ("Me\u200dier", "Meier"),  # zero-width joiner
     ("Meier😀", "Meier"),
     ("Meier2", "Meier"),
-    ('"Meier"', "Meier"),
-    ("Meier*", "Meier"),
     ("C:Meier", "C-Meier"),
     ("\u0308Meier", "Meier"),  # a diaeresis on nothing
     ("a" * 300, None),
@@ -102,17 +88,12 @@ def test_given_names_may_hold_what_a_page_can_show():
         check_student("Meier", "Anna\x07", "1")
 
 
-def test_the_environment_comes_first_and_is_offered_for_the_file(tmp_path):
+def test_the_environment_comes_before_the_file(tmp_path):
     path = tmp_path / "student.toml"
     text = 'surname = "Meier"\nmatriculation_number = 1234567\n'
     path.write_text(text, encoding="utf-8")
-    for typed in ({}, {"SURNAME": "Meier"}):
-        student = read_student(path, typed)
-        assert (student.stem, student.notes) == ("Meier-1234567", ())
-    student = read_student(path, {"SURNAME": "Huber", "GIVEN_NAME": "Anna"})
-    assert student.stem == "Huber-1234567"
-    [note] = student.notes
-    assert note.endswith('student.toml: surname = "Huber", given_name = "Anna"')
+    assert read_student(path, {}).stem == "Meier-1234567"
+    assert read_student(path, {"SURNAME": "Huber"}).stem == "Huber-1234567"
     with pytest.raises(UserError, match="letters and single hyphens"):
         read_student(path, {"SURNAME": ""})
 

@@ -91,36 +91,25 @@ def some_cell(cells, draw, kind):
     return draw.choice([cell for cell in cells if cell.cell_type == kind])
 
 
-def new_cell(cells, draw, cell):
-    cells.insert(draw.randrange(1, len(cells) + 1), cell)
-
-
 def in_a_sentence(cells, draw, mark):
     cell = some_cell(cells, draw, "markdown")
     cell.source += f"\n\nA sentence, {mark}: $x^2$ and *äöü*."
-
-
-def in_a_heading(cells, draw, mark):
-    cell = draw.choice([cell for cell in cells if cell.source.startswith("## ")])
-    cell.source = cell.source.replace("## ", f"## {mark} ", 1)
 
 
 def in_code(cells, draw, mark):
     some_cell(cells, draw, "code").source += f"\n# {mark}"
 
 
-def a_new_text(cells, draw, mark):
-    new_cell(cells, draw, nbformat.v4.new_markdown_cell(f"### {mark}\n\n- one\n- two"))
-
-
-def a_new_function(cells, draw, mark):
-    source = f'SCALE = 2.0\n\n\ndef helper(x):\n    """{mark}."""\n    return SCALE * x'
-    new_cell(cells, draw, nbformat.v4.new_code_cell(source))
-
-
-def a_new_action(cells, draw, mark):
-    source = f'%matplotlib inline\nprint("{mark}")\n!ls'
-    new_cell(cells, draw, nbformat.v4.new_code_cell(source))
+def new_cells(cells, draw, mark):
+    function = (
+        f'SCALE = 2.0\n\n\ndef helper(x):\n    """{mark}."""\n    return SCALE * x'
+    )
+    for cell in (
+        nbformat.v4.new_markdown_cell(f"### {mark}\n\n- one\n- two"),
+        nbformat.v4.new_code_cell(function),
+        nbformat.v4.new_code_cell(f'%matplotlib inline\nprint("{mark}")\n!ls'),
+    ):
+        cells.insert(draw.randrange(1, len(cells) + 1), cell)
 
 
 def deleted(cells, draw, mark):
@@ -130,7 +119,7 @@ def deleted(cells, draw, mark):
 
 def moved(cells, draw, mark):
     cell = cells.pop(draw.randrange(1, len(cells)))
-    new_cell(cells, draw, cell)
+    cells.insert(draw.randrange(1, len(cells) + 1), cell)
     in_a_sentence(cells, draw, mark)
 
 
@@ -145,11 +134,8 @@ def everywhere(cells, draw, mark):
 
 EDITS = [
     in_a_sentence,
-    in_a_heading,
     in_code,
-    a_new_text,
-    a_new_function,
-    a_new_action,
+    new_cells,
     deleted,
     moved,
     rewritten,
@@ -238,13 +224,12 @@ def test_no_edit_is_lost(edited, edit, side, seed):
     assert not was_refused or command == "zip"
     assert mark in "".join(written)
     assert texts_in(SCRIPT) == texts_in(NOTEBOOK) == written
-    assert pairs.differences(SCRIPT, NOTEBOOK) == []
     now = read(SCRIPT).splitlines()
     if edit is in_code:  # and nothing else changes, no empty line either
         assert [line for line in now if mark not in line] == before
     if side is edit_script:
         assert copies() == []
-    elif edit is not in_a_heading:  # what was deleted is kept, too
+    else:  # what was deleted is kept, too
         assert set(before) <= set("\n".join([*now, *copies()]).splitlines())
 
 
@@ -305,22 +290,21 @@ def test_what_is_no_notebook_is_left_as_it_is(edited, content):
     COMMANDS["notebooks"]("script")
     [copy] = pairs.KEPT.iterdir()
     assert copy.read_bytes() == content
-    assert pairs.differences(SCRIPT, NOTEBOOK) == []
 
 
 @fault
 def test_tags_come_from_the_script_and_importing_still_only_defines(edited):
     draw = random.Random(0)
-    for edit in (a_new_function, a_new_action, in_code):
+    for edit in (new_cells, in_code):
         edit_notebook(edit, draw, edit.__name__, colab)
         pairs.bring_together(SCRIPT, NOTEBOOK)
-    assert tags_of(SCRIPT, "a_new_function") == []
-    assert tags_of(SCRIPT, "a_new_action") == ["active-ipynb"]
+    assert tags_of(SCRIPT, "def helper") == []
+    assert tags_of(SCRIPT, 'print("new_cells")') == ["active-ipynb"]
     assert tags_of(SCRIPT, "**Figure 2.**") == ["caption"]
     assert tags_of(NOTEBOOK, "**Figure 2.**") == ["caption"]
     text = read(SCRIPT)
     assert "\ndef helper(x):\n" in text
-    assert '\n# print("a_new_action")\n' in text
+    assert '\n# print("new_cells")\n' in text
     assert "colab" not in text
     scope = {"__name__": "attention"}
     exec(compile(text, "attention.py", "exec"), scope)
@@ -401,7 +385,6 @@ def test_code_that_cannot_be_imported_stays_in_the_notebook_until_it_can(edited)
 def test_a_script_as_windows_editors_save_it_is_no_edit(edited, end):
     text = read(SCRIPT)
     SCRIPT.write_text(text, encoding="utf-8-sig", newline=end)
-    assert pairs.differences(SCRIPT, NOTEBOOK) == []
     SCRIPT.write_text(text + "# ä\n", encoding="cp1252")
     with pytest.raises(UserError, match="cannot be read"):
         COMMANDS["report"](None)
@@ -422,7 +405,9 @@ def test_tags_that_an_editor_dropped_come_back_and_edited_ones_stay(edited):
 
 @fault
 def test_another_run_is_shown_and_what_was_injected_gets_into_no_script(edited):
-    shutil.copytree(ROOT / training.QUICK_RECORD, "mine")
+    history = {**training.read_history(ROOT / training.RECORD), "batch_size": 64}
+    history["sha256"] = training._history_digest(history)
+    training.write_whole(Path("mine", "history.json"), json.dumps(history).encode())
     other = Submission.of("mine", STUDENT)
     build.store_notebooks(other)
     assert other.pdf == Path("build", "mine", f"{STUDENT.stem}.pdf")

@@ -17,7 +17,7 @@ from unittest import mock
 import nbformat
 import pypdf
 import pytest
-from conftest import ROOT, STUDENT, edited_notebook, replace_in, run_script
+from conftest import ROOT, STUDENT, edited_notebook, only_files, replace_in, run_script
 
 import attention
 import dataset
@@ -135,7 +135,6 @@ def test_drafts_and_demos_are_marked_and_the_first_page_stays_one(ready, monkeyp
     assert "Task 1: Self-Attention\n" in second
     assert "DRAFT" in first
     assert "DEMO DATA" in first
-    assert {"draft", "demo data"} <= set(pdf.keywords(submission.pdf))
 
 
 def test_the_report_is_short_and_no_page_nearly_empty(report_pdf):
@@ -264,11 +263,12 @@ def test_the_appendix_shows_every_trial_and_seed(report_pdf):
     for path in paths:
         record = json.loads(path.read_text(encoding="utf-8"))
         kind = "held_out_accs" if "held_out_accs" in record else "val_accs"
-        last = 5 if record.get("epochs", 0) > 10 else 1  # of a long trial, their mean
+        last = 5 if record.get("epochs", 0) >= 20 else 1  # of a long trial, their mean
         recipe, evaluated = (
             100 * sum(record[key][-last:]) / last for key in (kind, f"{kind}_eval")
         )
-        assert f"{record['seed']} {recipe:.2f} {evaluated:.2f}" in text, path.name
+        row = rf"{record['seed']} (\d+ )?{recipe:.2f} {evaluated:.2f}"
+        assert re.search(row, text), path.name
 
 
 def test_seeds_have_mean_and_spread(tmp_path, monkeypatch):
@@ -334,7 +334,7 @@ def test_the_zip_is_what_moodle_wants_and_works_alone(ready, tmp_path, capfd):
     assert f"{accuracy:.4f} (eval)" in outputs, "the recorded run is found"
     assert "cosine similarity with the initial values" in outputs, "and its weights"
     assert "not classified: no CIFAR-10 in ./data" in outputs
-    assert outputs.count("Not shown (") == 7
+    assert outputs.count("Not shown (") == 8
     assert not (folder / "build").exists(), "nothing was trained"
 
 
@@ -392,27 +392,15 @@ def test_what_has_to_be_executed_or_trained_is_refused(ready, spoil, said):
     assert shown().pdf.read_bytes() == made
 
 
-@pytest.mark.parametrize(
-    "lag", ["nothing", "not a pdf", "other identity", "new template", "notebook"]
-)
-def test_a_pdf_that_only_lags_behind_is_made_again(ready, monkeypatch, lag):
-    submission = shown()
-    if lag == "not a pdf":
-        submission.pdf.write_bytes(b"not a pdf")
-    elif lag == "other identity":
-        submission = shown(check_student("Meier", "", "12345678"))
-    elif lag == "new template":
-        monkeypatch.setattr(pdf, "HERE", ready / "report")
-        Path("report", "template.typ").write_text("new", encoding="utf-8")
-    elif lag == "notebook":
-        with edited_notebook() as book:
-            book.cells[0].source += "\n\nMine."
-    monkeypatch.setattr(bundle, "make_pdf", lambda s: s.pdf.write_bytes(b"made again"))
+def test_the_zip_holds_a_pdf_of_the_notebooks_as_they_are_now(ready, monkeypatch):
+    submission = shown(check_student("Meier", "", "12345678"))
+    with edited_notebook() as book:
+        book.cells[0].source += "\n\nMine."
     monkeypatch.setattr(bundle, "_test_as_grader", lambda *_: None)
     with zipfile.ZipFile(bundle.make_zip(submission, weights=False)) as file:
-        made_again = file.read(submission.pdf.name) == b"made again"
-        assert made_again == (lag != "nothing")
-        assert (b"# Mine.\n" in file.read("attention.py")) == (lag == "notebook")
+        page = pypdf.PdfReader(io.BytesIO(file.read("Meier-12345678.pdf"))).pages[1]
+        assert "Mine." in page.extract_text()
+        assert b"# Mine.\n" in file.read("attention.py")
 
 
 # --- Commands ------------------------------------------------------------------------
@@ -472,20 +460,12 @@ def test_bad_commands_get_one_sentence(project, command, arguments, said):
 
 def test_clean_keeps_what_took_hours(tmp_path, monkeypatch):
     monkeypatch.setattr(make, "ROOT", tmp_path)
-    for name in ("runs", "trials", "kept", "demo", "mine"):
-        (tmp_path / "build" / name).mkdir(parents=True)
-    for name in ("demo", "mine"):
-        (tmp_path / "build" / name / "attention.ipynb").touch()
-    checkpoint = tmp_path / "build" / "other" / "checkpoint.pt"  # RUN=build/other
-    checkpoint.parent.mkdir()
-    checkpoint.touch()
-    for name in ("dist", ".hypothesis"):
-        (tmp_path / name).mkdir()
+    kept = [f"build/{name}/x" for name in ("kept", "mine", "other", "runs", "trials")]
+    for name in (*kept, "build/demo/x", "dist/x", ".hypothesis/x"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).touch()
     make.clean()
-    assert checkpoint.is_file()
-    assert [path.name for path in tmp_path.iterdir()] == ["build"]
-    left = sorted(path.name for path in (tmp_path / "build").iterdir())
-    assert left == ["kept", "mine", "other", "runs", "trials"]
+    assert only_files(tmp_path) == kept
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
@@ -585,8 +565,8 @@ def test_the_build_without_cuda_is_taken_from_its_index(tmp_path, capfd):
 
 def test_the_readme_shows_what_the_records_say():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    for folder in (training.RECORD, training.QUICK_RECORD):
-        history = training.read_history(ROOT / folder)
+    for path in (ROOT / "report").glob("*/history.json"):
+        history = training.read_history(path.parent)
         recipe, evaluated = (history[key][-1] for key in ("val_accs", "val_accs_eval"))
         row = f"| {100 * recipe:.2f} % | {100 * evaluated:.2f} % | "
         row += f"{training.first_epoch_at(history['val_accs'], 0.7)} | "

@@ -43,15 +43,6 @@ print({"matplotlib", "IPython", "training", "safetensors"} & set(sys.modules))
     assert sorted(only_files(unpacked)) == sorted([*GRADED, path.name])
 
 
-@pytest.mark.parametrize(("name", "lines"), [("attention.py", 2), (GRADED[1], 7)])
-def test_run_as_a_script_it_tests_itself(unpacked, name, lines):
-    done = run_script(name, folder=unpacked, timeout=60)
-    assert done.returncode == 0, done.stderr
-    results = done.stdout.splitlines()
-    assert len(results) == lines
-    assert all(line.startswith("passed  ") for line in results)
-
-
 def test_a_failing_unit_test_is_printed_and_fails_the_script(unpacked):
     replace_in(unpacked / "attention.py", "q = q / math.sqrt", "q = q * math.sqrt")
     done = run_script("attention.py", folder=unpacked)

@@ -26,6 +26,14 @@ def small_model(seed=0, **changes):
     return VisionTransformer(**sizes)
 
 
+@torch.no_grad()
+def alive(model):
+    """Return a model with weights of which none is special, as a zero branch is."""
+    for parameter in model.parameters():
+        parameter.add_(0.2 * torch.randn_like(parameter))
+    return model
+
+
 def use_few_generated_images():
     report.demo.SIZES = {True: 100, False: 40}
     vision_transformer.CIFAR10 = report.demo.DemoCIFAR10
