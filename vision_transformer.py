@@ -883,7 +883,8 @@ def verify(history, predictions):
 # decided, by the mean of both accuracies over the last five epochs: zero branches were
 # 2.8 points above full ones. With the paper's dropout the loss was lower, and the
 # accuracy by the recipe, too. Four epochs on 15,000 images (*settings*) compare batch
-# sizes and learning rates for shorter runs.
+# sizes and learning rates for a shorter run. Batches of 32 with a rate of 0.0002 were
+# the first to reach 50 %, and had the lowest loss at the end.
 #
 # Two things about this choice have to be said. By the last epoch alone, zero branches
 # were 1.8 points above full ones, and the paper's dropout was 0.2 points ahead of
