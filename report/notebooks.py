@@ -54,6 +54,8 @@ def read_notebook(path):
             _, notebook = nbformat.validator.normalize(notebook)
             nbformat.validate(notebook)
         return notebook
+    except MemoryError:  # says nothing of the file
+        raise
     except Exception as error:  # whatever no notebook makes a reader raise
         reason = str(error).split("\n")[0][:80]
         raise UserError(f"{path} cannot be read as a notebook ({reason})") from error

@@ -565,7 +565,9 @@ def test_the_build_without_cuda_is_taken_from_its_index(tmp_path, capfd):
 
 def test_the_readme_shows_what_the_records_say():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    for path in (ROOT / "report").glob("*/history.json"):
+    paths = sorted((ROOT / "report").glob("*/history.json"))
+    assert ROOT / training.RECORD / training.HISTORY_NAME in paths
+    for path in paths:
         history = training.read_history(path.parent)
         recipe, evaluated = (history[key][-1] for key in ("val_accs", "val_accs_eval"))
         row = f"| {100 * recipe:.2f} % | {100 * evaluated:.2f} % | "
