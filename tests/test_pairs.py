@@ -385,6 +385,9 @@ def test_code_that_cannot_be_imported_stays_in_the_notebook_until_it_can(edited)
 def test_a_script_as_windows_editors_save_it_is_no_edit(edited, end):
     text = read(SCRIPT)
     SCRIPT.write_text(text, encoding="utf-8-sig", newline=end)
+    assert texts_in(NOTEBOOK) == [
+        text for _, text, _ in pairs.contents(notebooks.read_script(SCRIPT))
+    ]
     SCRIPT.write_text(text + "# ä\n", encoding="cp1252")
     with pytest.raises(UserError, match="cannot be read"):
         COMMANDS["report"](None)
