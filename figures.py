@@ -8,7 +8,6 @@ import copy
 import functools
 import json
 import math
-import time
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -17,6 +16,7 @@ import torch
 from einops import rearrange
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 from torch.nn import functional as F
+from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 from attention import SelfAttention, SelfAttention2d, torch_attention
@@ -220,20 +220,14 @@ def count_operations(layer, x):
     return projections, counter.get_total_flops() - projections
 
 
-def fastest_pass(layer, x, seconds=0.3):
+@torch.no_grad()
+def fastest_pass(layer, x):
     """Return the seconds of the fastest of some passes: disturbance only adds time.
 
     On one core, since several wait for each other, longest on a busy machine.
     """
-    times, threads = [], torch.get_num_threads()
-    torch.set_num_threads(1)
-    with torch.no_grad():
-        while len(times) < 5 or sum(times) < seconds:
-            start = time.perf_counter()
-            layer(x)
-            times.append(time.perf_counter() - start)
-    torch.set_num_threads(threads)
-    return min(times)
+    timer = Timer("layer(x)", globals={"layer": layer, "x": x})
+    return min(timer.blocked_autorange(min_run_time=0.3).times)
 
 
 def plot_cost(sides):

@@ -196,9 +196,8 @@ def _check_traits(path, model, history):
 def load_weights(model, state, logits, source):
     """Load a state dict, and check that the model answers ``probe`` as it did.
 
-    Raises ``UserError`` and leaves the model as it was if these are not its weights.
+    Raises ``UserError`` if these are not its weights.
     """
-    before = copy.deepcopy(model.state_dict())
     try:
         model.load_state_dict(state)
         now, then = torch.tensor(probe(model)), torch.tensor(logits)
@@ -209,7 +208,6 @@ def load_weights(model, state, logits, source):
                 "rounding"
             )
     except RuntimeError as error:
-        model.load_state_dict(before)
         reason = str(error).split("\n")[0]
         raise UserError(
             f"{source} holds the weights of another model ({reason}): restore the code "

@@ -16,12 +16,10 @@ from report.demo import DemoCIFAR10
 from report.identity import Student
 from report.pairs import (
     SCRIPTS,
-    all_checksum,
     bring_together,
     cell_checksums,
     code_checksums,
     first_not_executed,
-    keep_if_edited,
 )
 from report.pdf import make_pdf, use_system_fonts
 from training import (
@@ -37,7 +35,7 @@ from training import (
 BUILD = Path("build")
 DEMO = {"dataset": DemoCIFAR10.__name__, "batch_size": 32, "n_epochs": 2}
 RUN_CELL = """\
-# injected: the run that this notebook shows
+# injected: the run that this notebook shows; an edit of this cell is not kept
 BATCH_SIZE, LR, N_EPOCHS, SEED = {batch_size}, {lr!r}, {n_epochs}, {seed}
 RECORD = {record!r}\
 """
@@ -110,10 +108,7 @@ def store_notebooks(submission, keep=None, needs_data=True):
     if it ``needs_data``, all is refused.
     """
     for script, notebook in submission.pairs:
-        if submission.folder != Path():
-            keep_if_edited(notebook)
-        if not submission.demo:
-            bring_together(script, notebook, keep)
+        bring_together(script, notebook, keep)
     (attention, stored), (transformer, last_stored) = submission.pairs
     before = {path: checksum(path) for path in submission.notebooks}
     executed = {stored: _execute(submission, attention)}
@@ -161,7 +156,6 @@ def _execute(submission, script):
             _inject_run(notebook, submission)
     with _announced(f"Executing {script.stem}.ipynb"):
         notebooks.execute(notebook, f"{script.stem}.ipynb")
-    facts["all"] = all_checksum(notebook)
     notebook.metadata["provenance"].update(facts)
     return notebook
 
@@ -178,7 +172,7 @@ def _inject_run(notebook, submission):
     notebooks.inject(notebook, cell, "## Plots")
 
 
-def demo(student):
+def demo(student, keep=None):
     """Train on generated images, and make notebooks and PDF that say so."""
     import vision_transformer  # not above: a mistake in it must not stop all commands
     from attention import choose_device
@@ -192,7 +186,7 @@ def demo(student):
             device=choose_device(),
             folder=folder,
         )
-    report(Submission.of(folder, student))
+    report(Submission.of(folder, student), keep)
     print("It shows a demo on generated images, and cannot be handed in.")
 
 

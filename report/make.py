@@ -13,8 +13,6 @@ import re
 import shutil
 import subprocess
 import sys
-import threading
-import urllib.parse
 import urllib.request
 from pathlib import Path
 
@@ -48,10 +46,7 @@ OPTIONS = {
         "folder of the run to show, to store or to validate",
     ),
     "WEIGHTS": (("zip",), "WEIGHTS=0 leaves the recorded weights out"),
-    "KEEP": (
-        ("report", "zip", "notebooks", "lab"),
-        "notebook or script: which one stays, where both were edited",
-    ),
+    "KEEP": (OWN, "notebook or script: which one stays, where both were edited"),
     "PRESET": (("train",), "default (50 epochs) or quick (fewer, smaller batches)"),
     "EPOCHS": (("train",), "another number of epochs"),
     "BATCH_SIZE": (("train",), "likewise"),
@@ -117,7 +112,6 @@ def ensure_environment():
         [sys.executable, "-m", "venv", *clear, str(folder)],
     )
     set_up("pip", [*pip, "--upgrade", "pip>=25.1"])  # the first to know --group
-    pip += ["--progress-bar", "raw"]
     if build == "cpu":
         torch = re.findall(r'"(torch(?:vision)?[<>=][^"]*)"', requirements)
         set_up(
@@ -160,45 +154,19 @@ def build_of(python):
 
 
 def answers(url):
-    """Return whether a server answers within seconds, whatever it waits for."""
-    replies = []
-
-    def ask():
-        with (
-            contextlib.suppress(Exception),  # whatever a network or a proxy can do
-            urllib.request.urlopen(url, timeout=ANSWER_SECONDS) as reply,
-        ):
-            replies.append(reply.status)
-
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(ANSWER_SECONDS)
-    return bool(replies)
+    """Return whether a server answers within seconds."""
+    with (
+        contextlib.suppress(Exception),  # whatever a network or a proxy can do
+        urllib.request.urlopen(url, timeout=ANSWER_SECONDS),
+    ):
+        return True
+    return False
 
 
 def set_up(title, command):
-    """Run one step of the set-up, and show how far it is."""
+    """Run one step of the set-up; pip shows itself how far it is."""
     print(f"  {title} ...", flush=True)
-    with subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, encoding="utf-8", errors="replace"
-    ) as process:
-        for line in process.stdout:
-            line = urllib.parse.unquote(line)  # 2.14.1%2Bcpu
-            package = re.search(
-                r"Downloading \S*?([\w.]+)-([\w.+]+)-\S+ \((.+ MB)\)", line
-            )
-            progress = re.match(r"Progress (\d+) of (\d+)", line)
-            if package:
-                print(
-                    f"    downloads {package[1]} {package[2]}, {package[3]}", flush=True
-                )
-            elif progress and sys.stdout.isatty():
-                share = int(progress[1]) / max(int(progress[2]), 1)
-                print(f"    {share:4.0%}", end="\r", flush=True)
-            elif line.startswith("Installing collected"):
-                names = line.partition(":")[2].split(",")
-                print(f"    installs {len(names)} package(s)", flush=True)
-    if process.returncode:
+    if subprocess.run(command, cwd=ROOT, check=False).returncode:
         fail(
             f"The environment could not be made ({' '.join(command[1:4])} ... failed, "
             "see above): put right the cause, or the network, and type the same again."
@@ -259,7 +227,7 @@ def run_own(name):
         from report import build, bundle, pairs
 
         if name == "demo":
-            build.demo(student)
+            build.demo(student, keep)
             return
         shown = build.Submission.of(os.environ.get("RUN") or RECORD, student)
         if name == "report":

@@ -79,11 +79,6 @@ def _edits(path, notebook, made_from):
     return found or [f"cells of {path}, moved or deleted"]
 
 
-def all_checksum(notebook):
-    """Return the checksum of the texts of all cells, injected ones included."""
-    return digest([text_of(cell) for cell in notebook.cells])
-
-
 def code_checksums():
     """Return checksums of the code here, by file; of a script, one for each cell."""
     found = {path.name: [checksum(path)] for path in LIBRARIES}
@@ -179,22 +174,6 @@ def bring_together(script, notebook, keep=None):
         write_whole(script, text.encode())
         print(f"{notebook} was edited: its cells are in {script} now, too.")
     _store(theirs, notebook)
-
-
-def keep_if_edited(notebook):
-    """Copy a notebook below ``build`` that is to be made again, if it was edited.
-
-    Of those, cells that were injected count as well.
-    """
-    if not notebook.is_file():
-        return
-    try:
-        found = read_notebook(notebook)
-    except UserError:  # whatever it is now
-        _copy(notebook)
-        return
-    if provenance(found).get("all") != all_checksum(found):
-        _copy(notebook)
 
 
 def _store(notebook, path):

@@ -283,10 +283,6 @@ def test_what_is_no_notebook_is_left_as_it_is(edited, content):
         with pytest.raises(UserError, match="cannot be read as a notebook"):
             command(None)
     assert NOTEBOOK.read_bytes() == content
-    pairs.keep_if_edited(NOTEBOOK)  # as below build
-    [copy] = pairs.KEPT.iterdir()
-    assert copy.read_bytes() == content
-    copy.unlink()
     COMMANDS["notebooks"]("script")
     [copy] = pairs.KEPT.iterdir()
     assert copy.read_bytes() == content
@@ -423,14 +419,10 @@ def test_another_run_is_shown_and_what_was_injected_gets_into_no_script(edited):
         [said] = [n for n, c in enumerate(cells) if "Another run is sh" in c.source]
         assert cells[said - 1].source.startswith("## Plots")
         assert re.search(r"batch size 128.*\n.*batch size 64", cells[said].source)
-        [run_cell] = [c for c in cells if "RECORD = 'mine'" in c.source]
         colab(notebook)
-        run_cell.source += "\n# my note"
         cells[0].source += "\n\nMy sentence."
     build.store_notebooks(other)
     assert "Another run" not in read(Path("vision_transformer.ipynb"))
     assert read(script).replace("#\n# My sentence.\n", "") == text
     cells = nbformat.read(path, as_version=4).cells
     assert sum("RECORD = 'mine'" in cell.source for cell in cells) == 1
-    [copy] = copies()
-    assert "# my note" in copy

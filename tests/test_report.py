@@ -537,7 +537,7 @@ def test_an_environment_is_made_when_it_is_not_what_is_asked_for(
 
 @pytest.mark.slow
 @pytest.mark.fault("setting up")
-def test_the_build_without_cuda_is_taken_from_its_index(tmp_path, capfd):
+def test_the_build_without_cuda_is_taken_from_its_index(tmp_path):
     index = tmp_path / "index" / "torch"
     index.mkdir(parents=True)
     wheel = index / "torch-2.14.1+cpu-py3-none-any.whl"
@@ -560,7 +560,6 @@ def test_the_build_without_cuda_is_taken_from_its_index(tmp_path, capfd):
     assert make.build_of(python) == "cpu"
     with pytest.raises(SystemExit, match="could not be made"):
         make.set_up("torch", [*command, "torch>=3"])
-    assert "installs 1 package(s)" in capfd.readouterr().out
 
 
 def test_the_readme_shows_what_the_records_say():

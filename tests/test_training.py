@@ -1,14 +1,13 @@
 """Checkpoints and records of runs."""
 
 import contextlib
-import copy
 import os
 from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
-from conftest import assert_same_weights, only_files
+from conftest import only_files
 from victim import alive, small_model
 
 import training
@@ -114,10 +113,8 @@ def test_a_record_of_another_model_or_other_settings_is_refused(workplace):
         load(small_model(hidden_size=16))
     silent = small_model()  # the same names and sizes, but another computation
     silent.blocks[0].attention.inner_module[0].eps = 10.0
-    before = copy.deepcopy(silent)
     with pytest.raises(UserError, match="logits differ"):
         load(silent)
-    assert_same_weights(silent, before)
     # What weights do not show is checked even where none are there
     Path(FOLDER, training.WEIGHTS_NAME).unlink()
     assert load(small_model()) == (None, run.history)
