@@ -126,6 +126,19 @@ def test_a_record_of_another_model_or_other_settings_is_refused(workplace):
         load(loud)
 
 
+def test_values_drawn_from_another_seed_are_no_other_model(workplace):
+    def with_random_biases(seed):
+        model = small_model(seed)
+        for module in model.modules():
+            if getattr(module, "bias", None) is not None:
+                torch.nn.init.normal_(module.bias)
+        return model
+
+    go_on(with_random_biases(seed=0))
+    for seed in range(1, 9):
+        assert load(with_random_biases(seed))
+
+
 def test_the_summary_says_when_the_marks_were_reached(workplace):
     history = go_on(small_model()).history
     history |= {"dataset": "CIFAR10", "batch_size": 16, "lr": 1e-3}
