@@ -39,8 +39,8 @@
 #
 # | symbol | in the code | meaning |
 # |---|---|---|
-# | $B$ | | images in the batch |
-# | $H, W$; $L = HW$ | | rows and columns of the grid; number of tokens |
+# | $B$ | `x.shape[0]` | images in the batch |
+# | $H, W$; $L = HW$ | `x.shape[2:]` | rows and columns of the grid; number of tokens |
 # | $D$ | `embed_dim` | size of a token |
 # | $h$ | `num_heads` | number of heads |
 # | $d_k, d_v$ | `head_dim`, `value_dim` | size of a query or key; of a value |
@@ -237,17 +237,17 @@ if __name__ == "__main__":
 # The tests allow an error of one percent. The table shows how far the two
 # implementations really are apart: the largest absolute difference of outputs, of
 # attention weights and of gradients (of the summed squares of the output, with respect
-# to the input), in single and in double precision.
+# to the input), in single and in double precision:
 
 # %% tags=["active-ipynb", "appendix"]
 # figures.print_exactness(heads=[1, 4, 8])
 
 # %% [markdown]
 # What differs is rounding: all differences are of the size of the last digit that the
-# precision keeps, and a mistake in the mathematics would be far larger in both. Sums
-# are rounded in the order in which they are taken. With eight heads, $\sqrt{d_k}$ is
-# rounded, too, and the two layers divide by it in different places; with one and four
-# it is 16 and 8, and dividing by a power of two rounds nothing.
+# precision keeps, and a mistake in the mathematics would be far larger in both. The two
+# layers add in different orders, so they round differently. With eight heads,
+# $\sqrt{d_k}$ is rounded, too, and the two layers divide by it in different places;
+# with one and four it is 16 and 8, and dividing by a power of two rounds nothing.
 
 # %% [markdown]
 # ### Why divide by $\sqrt{d_k}$?
@@ -310,11 +310,12 @@ if __name__ == "__main__":
 # %% [markdown]
 # ### What it costs
 #
-# A forward pass needs $4 L D^2$ multiplications for its four projections when the heads
-# fill the token, and $2 L^2 D$ for the two products $QK^T$ and (weights) $V$, whatever
-# the number of heads is. The products overtake the projections at $L = 2D$. Figure 3
-# counts the operations of all matrix products while a grid passes through the layer,
-# and measures time and memory beside them.
+# A forward pass needs $8 L D^2$ operations for its four projections when the heads fill
+# the token, and $4 L^2 D$ for the two products $QK^T$ and (weights) $V$, whatever the
+# number of heads is; a multiplication and an addition count as two. The products
+# overtake the projections at $L = 2D$. Figure 3 counts the operations of all matrix
+# products while a grid passes through the layer, and measures time and memory beside
+# them.
 
 # %% tags=["active-ipynb", "appendix"]
 # figures.plot_cost(sides=[8, 16, 32, 48]);
@@ -322,7 +323,7 @@ if __name__ == "__main__":
 # %% [markdown] tags=["caption"]
 # **Figure 3.** Cost of `SelfAttention2d` with its defaults ($D = 256$) on one grid of
 # $L$ tokens. Left: counted operations of the projections and of the products $QK^T$ and
-# (weights) $V$; a multiplication and an addition count as two. Right: memory kept for
+# (weights) $V$. Right: memory kept for
 # the backward pass, and time of a forward pass on one core of the machine that made
 # this figure.
 # <!-- alt: Two log-log plots against the number of tokens. On the left, the line of the

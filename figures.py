@@ -8,6 +8,7 @@ import copy
 import functools
 import json
 import math
+import time
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -16,11 +17,10 @@ import torch
 from einops import rearrange
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 from torch.nn import functional as F
-from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 from attention import SelfAttention, SelfAttention2d, torch_attention
-from training import describe, first_epoch_at
+from training import FORMER, describe, first_epoch_at
 from vision_transformer import VAL_TRANSFORM, VisionTransformer
 
 BLUE, ORANGE, SKY, YELLOW, GREY = "#0072B2", "#D55E00", "#56B4E9", "#E69F00", "0.45"
@@ -221,13 +221,20 @@ def count_operations(layer, x):
 
 
 @torch.no_grad()
-def fastest_pass(layer, x):
+def fastest_pass(layer, x, seconds=0.3):
     """Return the seconds of the fastest of some passes: disturbance only adds time.
 
-    On one core, since several wait for each other, longest on a busy machine.
+    On one core, since several wait for each other, longest on a busy machine. Not by
+    ``torch.utils.benchmark``, whose import warns where there is no CUDA.
     """
-    timer = Timer("layer(x)", globals={"layer": layer, "x": x})
-    return min(timer.blocked_autorange(min_run_time=0.3).times)
+    times, threads = [], torch.get_num_threads()
+    torch.set_num_threads(1)
+    while len(times) < 5 or sum(times) < seconds:
+        start = time.perf_counter()
+        layer(x)
+        times.append(time.perf_counter() - start)
+    torch.set_num_threads(threads)
+    return min(times)
 
 
 def plot_cost(sides):
@@ -498,7 +505,7 @@ def plot_training(history):
     return figure
 
 
-def plot_before_and_after(history, before="bench/former/default.json"):
+def plot_before_and_after(history, before=FORMER):
     """Plot a run against that of the former model, which is read from its history."""
     if not Path(before).is_file():
         print(f"Not shown (before and after): {before} is not here.")

@@ -46,6 +46,7 @@ DEFAULT = {
 QUICK = {**DEFAULT, "batch_size": 32, "lr": 2e-4, "n_epochs": 13}  # chosen by trials
 PRESETS = {"default": DEFAULT, "quick": QUICK}
 RECORD, QUICK_RECORD = Path("report", "run"), Path("report", "quick")
+FORMER = Path("bench", "former", "default.json")  # that of an earlier version
 RUNS = Path("build", "runs")
 HISTORY_NAME = "history.json"
 WEIGHTS_NAME = "vision_transformer.safetensors"
@@ -253,8 +254,8 @@ def read_history(folder):
             raise ValueError("no JSON object")
     except FileNotFoundError:
         raise UserError(
-            f"{path} is missing: there is no finished run in {folder}; `make train` "
-            "trains one"
+            f"{path} is missing: there is no finished run in {folder}; "
+            "`python train.py` trains one"
         ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read ({error}): {advice}") from error
@@ -337,7 +338,8 @@ def summary(history):
     by_recipe = history["val_accs"]
     lines = [
         describe(history),
-        f"{hours(history):.2f} hours on {history['machine']}, {finished(history)}",
+        f"{hours(history):.2f} hours (epochs times their median) on "
+        f"{history['machine']}, {finished(history)}",
         f"validation accuracy after the last epoch: {by_recipe[-1]:.4f} (recipe), "
         f"{history['val_accs_eval'][-1]:.4f} (eval)",
     ]

@@ -5,8 +5,8 @@ are held out, and every trial is judged by them. It trains on ``images`` of the 
 for ``epochs`` passes. The seeds are whole quick runs by the recipe.
 
 The records called ``init`` are of the former model, whose branches began at full size;
-its whole runs are in ``bench/former``, as is one with the paper's dropout that was
-broken off (``begun.json``). Screens and finals were run with code that drew the same
+its whole runs are in ``bench/former``, as is one of the present model with the paper's
+dropout that was broken off. Screens and finals were run with code that drew the same
 weights in another order, so to run them again gives other numbers.
 
 A finished trial is a file in ``bench/trials`` and is not run again. An interrupted one

@@ -12,16 +12,16 @@ from torchvision.datasets import CIFAR10
 
 from dataset import fetch
 from report import notebooks
-from report.demo import DemoCIFAR10
-from report.identity import Student
-from report.pairs import (
+from report.demo_data import DemoCIFAR10
+from report.pdf import make_pdf, use_system_fonts
+from report.student import Student
+from report.sync import (
     SCRIPTS,
     bring_together,
     cell_checksums,
     code_checksums,
     first_not_executed,
 )
-from report.pdf import make_pdf, use_system_fonts
 from training import (
     HISTORY_NAME,
     PRESETS,
@@ -40,8 +40,8 @@ BATCH_SIZE, LR, N_EPOCHS, SEED = {batch_size}, {lr!r}, {n_epochs}, {seed}
 RECORD = {record!r}\
 """
 DEMO_CELL = """\
-# injected: DEMO DATA, generated, instead of CIFAR-10: see report/demo.py
-from report.demo import DemoCIFAR10 as CIFAR10
+# injected: DEMO DATA, generated, instead of CIFAR-10: see report/demo_data.py
+from report.demo_data import DemoCIFAR10 as CIFAR10
 
 """
 OTHER_RUN = """\
@@ -103,7 +103,7 @@ class Submission:
 def store_notebooks(submission, keep=None, needs_data=True):
     """Execute the notebooks, neither of which trains, and store them: all or none.
 
-    What was edited is brought together first, see ``pairs.bring_together``. Without the
+    What was edited is brought together first, see ``sync.bring_together``. Without the
     data set, good outputs of the Vision Transformer would be lost. So they are kept or,
     if it ``needs_data``, all is refused.
     """

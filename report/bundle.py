@@ -8,11 +8,18 @@ import zipfile
 from io import BytesIO
 from pathlib import Path
 
-from report.identity import tomllib
 from report.notebooks import read_notebook
-from report.pairs import SCRIPTS, bring_together, first_not_executed, provenance
 from report.pdf import LISTINGS, make_pdf
-from training import HISTORY_NAME, WEIGHTS_NAME, UserError, checksum, write_whole
+from report.student import tomllib
+from report.sync import SCRIPTS, bring_together, first_not_executed, provenance
+from training import (
+    FORMER,
+    HISTORY_NAME,
+    WEIGHTS_NAME,
+    UserError,
+    checksum,
+    write_whole,
+)
 
 DIST = Path("dist")
 TEST_SECONDS = 300
@@ -27,11 +34,12 @@ python vision_transformer.py     Task 2: likewise
 python train.py                  the training of the exercise: hours without a GPU
 jupyter lab                      both notebooks; Run All shows the recorded run again
 
-The first two need Python 3.8 or newer, torch, torchvision and einops. All else needs
-Python 3.10 or newer, `pip install -r requirements.txt`, and CIFAR-10 in data/, which is
-fetched if it is missing. To run the course's own cells, put both .py files beside its
-notebooks and import the classes in place of their cells:
-`from attention import SelfAttention2d`, `from vision_transformer import ...`.
+The first two need torchvision, einops, and Python 3.8 and torch 2.0 or newer. All else
+needs Python 3.10 or newer, `pip install -r requirements.txt`, and CIFAR-10 in data/,
+which is fetched if it is missing. To run the course's own cells, copy only the two .py
+files beside its notebooks, which have the same names as those here, and import the
+classes in place of their cells: `from attention import SelfAttention2d`, `from
+vision_transformer import ...`.
 """
 VERIFY = {
     True: "python train.py --verify         validates the recorded weights: minutes",
@@ -42,7 +50,7 @@ VERIFY = {
 def make_zip(submission, weights=True, keep=None):
     """Make ``dist/Surname-MatriculationNumber.zip``, test it as a grader would.
 
-    What was edited is brought together first, see ``pairs.bring_together``, and the PDF
+    What was edited is brought together first, see ``sync.bring_together``, and the PDF
     is made again. What has to be executed or trained before is refused with
     ``UserError``, and a ZIP made earlier is left as it is. Only the modules that a
     notebook imports may be newer, as without the data set; the PDF says so. Returns the
@@ -134,6 +142,7 @@ def _members(submission, weights):
     readme = README.format(stem=submission.student.stem, verify=VERIFY[weights])
     return {
         **{path.name: path.read_bytes() for path in files},
+        FORMER.as_posix(): FORMER.read_bytes(),  # Figure 7 compares
         "README.txt": readme.encode(),
         "requirements.txt": "".join(f"{name}\n" for name in needed).encode(),
     }

@@ -218,13 +218,13 @@ def run_own(name):
 
     keep, weights = os.environ.get("KEEP"), os.environ.get("WEIGHTS", "1")
     try:
-        from report import identity
+        from report.student import read_student
 
-        student = identity.read_student()  # refused before more is loaded
+        student = read_student()  # refused before more is loaded
         for note in student.notes if name in NAMED else ():
             print(note)
 
-        from report import build, bundle, pairs
+        from report import build, bundle, sync
 
         if name == "demo":
             build.demo(student, keep)
@@ -238,7 +238,7 @@ def run_own(name):
             bundle.make_zip(shown, weights == "1", keep)
         else:
             for script, notebook in shown.pairs:
-                pairs.bring_together(script, notebook, keep)
+                sync.bring_together(script, notebook, keep)
                 os.utime(script)  # jupytext wants it to be the newer one
             run([sys.executable, "-m", "jupyter", "lab", "attention.ipynb"])
     except UserError as error:
@@ -255,7 +255,7 @@ def clean():
 
 def usage():
     """Print the commands and options, one line each, the most needed first."""
-    costs = json.loads((ROOT / "report" / "costs.json").read_text(encoding="utf-8"))
+    costs = json.loads((ROOT / "bench" / "commands.json").read_text(encoding="utf-8"))
     seconds = {entry["command"]: entry["seconds"] for entry in costs["commands"]}
     print("make COMMAND [NAME=VALUE ...]    (python report/make.py does the same)\n")
     for commands in (FIRST, OTHERS):

@@ -15,7 +15,7 @@ import typst
 from nbconvert import MarkdownExporter
 
 from report.notebooks import read_notebook
-from report.pairs import provenance
+from report.sync import provenance
 from report.tables import FIGURE, origin, points, trials
 from training import UserError, write_whole
 

@@ -9,7 +9,7 @@ from torchvision.datasets import CIFAR10
 
 from dataset import ARCHIVE_MD5, is_present
 from report.notebooks import read_notebook
-from report.pairs import edited_since, provenance
+from report.sync import edited_since, provenance
 from training import (
     HISTORY_NAME,
     QUICK_RECORD,
@@ -45,7 +45,7 @@ def points(notebooks, history):
     """Return the rows of the table of points, the evidence read from what was run.
 
     Each is a dict with ``what``, ``points``, ``code`` (of which definitions), ``proof``
-    (from a test to what it printed, or the figure of the accuracy) and ``evidence``.
+    (from a test to what it printed, or the printed accuracy) and ``evidence``.
     """
     cells = [cell for notebook in notebooks for cell in notebook.cells]
     outputs = [output for cell in cells for output in cell.get("outputs", [])]
@@ -53,17 +53,18 @@ def points(notebooks, history):
     passed = dict(re.findall(r"^passed  ([\w ]+): (.*)$", printed, re.MULTILINE))
     captions = [cell.source for cell in cells if FIGURE.match(cell.source)]
     curve = [FIGURE.match(c)[1] for c in captions if "validation accuracy" in c]
-    figure = f"Figure {curve[0]}" if curve else ""
+    figure = f"; Figure {curve[0]}" if curve else ""
     accuracies, rows = history["val_accs"], []
     for what, number, code, proof in POINTS:
         if isinstance(proof, str):
             evidence = f"{proof}: {passed.get(proof, 'not run')}"
             proof = f"test_{proof.replace(' ', '_')} to passed {proof}"
         else:
-            epoch, proof = first_epoch_at(accuracies, proof), figure
+            epoch = first_epoch_at(accuracies, proof)
+            proof = f"{proof:.0%} by the recipe"
             first = f"epoch {epoch}: {accuracies[epoch - 1]:.1%}" if epoch else "never"
             last = f"epoch {len(accuracies)}, the last: {accuracies[-1]:.1%}"
-            evidence = f"{proof}, {first}; {last}".replace("%", " %")
+            evidence = f"{first}; {last}{figure}".replace("%", " %")
         row = {"what": what, "points": number, "code": code, "proof": proof}
         rows.append({**row, "evidence": evidence})
     return rows
@@ -86,7 +87,7 @@ def origin(submission):
     history = submission.history
     data = "not at hand when the report was made"
     if submission.demo:
-        data = "generated images, see report/demo.py"
+        data = "generated images, see report/demo_data.py"
     elif is_present(CIFAR10, "data"):
         data = f"CIFAR-10, all files intact; MD5 of the archive: {ARCHIVE_MD5}"
     run = (
@@ -123,7 +124,7 @@ def at_the_end(trial):
 
 
 def _short_runs(runs):
-    header = "group, trial, batch, rate, epochs x images, seed, time / min, recipe / %"
+    header = "group, trial, batch, rate, epochs x images, seed, recipe / %"
     header += ", eval / %"
     rows = [
         [
@@ -133,7 +134,6 @@ def _short_runs(runs):
             f"{run['lr']:g}",
             f"{run['epochs']} x {run['images']:,}",
             run["seed"],
-            f"{run['epochs'] * statistics.median(run['epoch_seconds']) / 60:.0f}",
             *_percents(at_the_end(run)[:2]),
             *(f"{loss:.3f}" for loss in at_the_end(run)[2:]),
         ]
@@ -146,9 +146,9 @@ def _short_runs(runs):
         "**Table 1.** Short runs, by group, the best of each first: accuracy on held-"
         "out training images after the last epoch, or the mean over the last five if "
         "there are 20 or more, as the recipe measures it (dropout active) and in "
-        "evaluation mode (eval)" + ", as is the loss" * has_loss + ". The time is "
-        "epochs times the median epoch, on one or two cores. A patch gain multiplies "
-        "the initial weights of the patch embedding. {#table-1}",
+        "evaluation mode (eval)" + ", as is the loss, if recorded" * has_loss + ". A "
+        "patch gain multiplies the initial weights of the patch embedding; the section "
+        "on trials explains the names. {#table-1}",
     )
 
 

@@ -12,12 +12,12 @@ import nbformat
 import pytest
 import torch
 
-import report.demo
+import report.demo_data
 import training
 import vision_transformer
 from report.build import Submission
-from report.identity import check_student
 from report.pdf import make_pdf
+from report.student import check_student
 
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(2)
@@ -65,8 +65,8 @@ def edited_notebook(path="attention.ipynb"):
 @pytest.fixture
 def demo_data(monkeypatch):
     """Few generated images instead of CIFAR-10."""
-    monkeypatch.setattr(report.demo, "SIZES", {True: 100, False: 40})
-    monkeypatch.setattr(vision_transformer, "CIFAR10", report.demo.DemoCIFAR10)
+    monkeypatch.setattr(report.demo_data, "SIZES", {True: 100, False: 40})
+    monkeypatch.setattr(vision_transformer, "CIFAR10", report.demo_data.DemoCIFAR10)
 
 
 @pytest.fixture
@@ -86,6 +86,8 @@ def copy_project(folder):
         if path.suffix in (".py", ".ipynb", ".toml") or path.name == "Makefile":
             shutil.copy(path, folder)
     ignored = shutil.ignore_patterns("*.pdf", "__pycache__")
+    (folder / training.FORMER).parent.mkdir(parents=True)
+    shutil.copy(ROOT / training.FORMER, folder / training.FORMER)
     shutil.copytree(ROOT / "report", folder / "report", ignore=ignored)
     return folder
 

@@ -22,8 +22,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, only_files
+from small_run import alive, small_model
 from test_training import FOLDER, go_on, load
-from victim import alive, small_model
 
 import training
 import vision_transformer
@@ -43,9 +43,9 @@ STAGES = ("half-written", "before writing", "before moving", "after moving")
 
 def start_training(folder, stage="never", number=0, epochs=5):
     """Start a process that trains the small model, to be killed at some point."""
-    victim = [sys.executable, str(ROOT / "tests" / "victim.py"), stage, str(number)]
+    process = [sys.executable, str(ROOT / "tests" / "small_run.py"), stage, str(number)]
     return subprocess.Popen(
-        [*victim, "--batch-size", "16", "--epochs", str(epochs)],
+        [*process, "--batch-size", "16", "--epochs", str(epochs)],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
@@ -162,11 +162,11 @@ def test_an_interruption_waits_for_the_model_and_a_second_does_not(workplace):
 TRAIN_CELL = f"""
 import sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
-import torch, training, victim, vision_transformer
-victim.use_few_generated_images()
+import torch, training, small_run, vision_transformer
+small_run.use_few_generated_images()
 loaders = vision_transformer.make_loaders("data", 16)
 run, cpu = training.Run({{"seed": 0}}), torch.device("cpu")
-vision_transformer.train(victim.small_model(), *loaders, 1e-3, 4, cpu, run)
+vision_transformer.train(small_run.small_model(), *loaders, 1e-3, 4, cpu, run)
 """
 
 

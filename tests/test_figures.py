@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from victim import alive, small_model
+from small_run import alive, small_model
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 import figures
-import report.demo
+import report.demo_data
 import vision_transformer
 from attention import SelfAttention2d
 from training import PRESETS
@@ -71,7 +71,7 @@ def drawn():
         figures.plot_attention_maps: ([(1, 1)], [0, 1]),
         figures.plot_cost: ([4, 8],),
         figures.plot_architecture: (model,),
-        figures.plot_patches: (report.demo.DemoCIFAR10, "data", 4),
+        figures.plot_patches: (report.demo_data.DemoCIFAR10, "data", 4),
         figures.plot_training: (HISTORY,),
         figures.plot_before_and_after: ({**HISTORY, **PRESETS["default"]}, FORMER),
         figures.plot_confusion: (predictions,),
@@ -257,7 +257,7 @@ def test_collected_weights_are_those_of_the_model():
 
 
 def test_pixels_become_what_the_model_reads():
-    data = report.demo.DemoCIFAR10
+    data = report.demo_data.DemoCIFAR10
     pixels = data("data", train=False).data[:2]
     whole = data("data", train=False, transform=vision_transformer.VAL_TRANSFORM)
     assert torch.equal(figures.normalised(pixels)[1], whole[1][0])

@@ -14,7 +14,7 @@ import nbformat
 import pytest
 from conftest import ROOT, replace_in
 
-from report import notebooks, pairs
+from report import notebooks, sync
 from training import UserError
 
 NAMES = ("attention", "vision_transformer")
@@ -23,7 +23,7 @@ NAMES = ("attention", "vision_transformer")
 def same_cells(folder, name):
     script = notebooks.read_script(folder / f"{name}.py")
     notebook = notebooks.read_notebook(folder / f"{name}.ipynb")
-    return pairs.contents(script) == pairs.contents(notebook)
+    return sync.contents(script) == sync.contents(notebook)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -3,15 +3,15 @@
 import pytest
 import torch
 from conftest import ROOT, assert_same_weights, run_script
+from small_run import alive, counted, small_model
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 from torchvision import transforms as T
-from victim import alive, counted, small_model
 
 import dataset
 import training
 import vision_transformer
-from report.demo import DemoCIFAR10
+from report.demo_data import DemoCIFAR10
 
 CPU = torch.device("cpu")
 BATCH_SIZE, LR = 16, 1e-3
@@ -144,17 +144,17 @@ def test_default_parameters_are_the_recipe():
 SPAWNED = f"""
 import sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
-import torch, training, victim, vision_transformer
+import torch, training, small_run, vision_transformer
 
 if __name__ == "__main__":
     torch.multiprocessing.set_start_method("spawn")
     torch.set_num_threads(1)
-    victim.use_few_generated_images()
+    small_run.use_few_generated_images()
     loaders = vision_transformer.make_loaders("data", 16)
     for loader, number in zip(loaders, (1, 0)):
         loader.num_workers = number  # each of them loads torch again
     run, cpu = training.Run({{"seed": 0}}), torch.device("cpu")
-    model = victim.small_model()
+    model = small_run.small_model()
     history = vision_transformer.train(model, *loaders, 1e-3, 1, cpu, run)
     print(len(history["train_losses"]), "losses")
 """

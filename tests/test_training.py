@@ -8,7 +8,7 @@ from unittest import mock
 import pytest
 import torch
 from conftest import only_files
-from victim import alive, small_model
+from small_run import alive, small_model
 
 import training
 from training import UserError

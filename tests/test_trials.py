@@ -8,11 +8,11 @@ from dataclasses import asdict
 import pytest
 import torch
 from conftest import ROOT
-from victim import alive, small_model
+from small_run import alive, small_model
 
-import report.demo
+import report.demo_data
 import training
-from report.demo import DemoCIFAR10
+from report.demo_data import DemoCIFAR10
 
 sys.path.insert(0, str(ROOT / "bench"))
 import trials
@@ -43,7 +43,7 @@ def test_every_record_is_of_a_trial_that_is_listed_and_was_finished():
 
 
 def test_a_trial_is_judged_by_images_that_it_never_trains_on(workplace, monkeypatch):
-    monkeypatch.setattr(report.demo, "SIZES", {True: 60, False: 20})
+    monkeypatch.setattr(report.demo_data, "SIZES", {True: 60, False: 20})
     monkeypatch.setattr(trials, "CIFAR10", DemoCIFAR10)
     monkeypatch.setattr(trials, "HELD_OUT", 10)
     monkeypatch.setattr(trials, "RUNS", workplace / "runs")

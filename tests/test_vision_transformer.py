@@ -6,8 +6,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from small_run import alive, small_model
 from test_attention import many, seeds, small
-from victim import alive, small_model
 
 from vision_transformer import (
     FeedForwardBlock,

@@ -1,6 +1,6 @@
 """A small model on generated images, and the process that `test_faults` kills.
 
-    python tests/victim.py STAGE NUMBER [OPTION ...]
+    python tests/small_run.py STAGE NUMBER [OPTION ...]
 
 It does what `train.py` does with these options, and kills itself at its n-th training
 step, or at its n-th write of a file.
@@ -12,7 +12,7 @@ import sys
 
 import torch
 
-import report.demo
+import report.demo_data
 import train
 import training
 import vision_transformer
@@ -35,8 +35,8 @@ def alive(model):
 
 
 def use_few_generated_images():
-    report.demo.SIZES = {True: 100, False: 40}
-    vision_transformer.CIFAR10 = report.demo.DemoCIFAR10
+    report.demo_data.SIZES = {True: 100, False: 40}
+    vision_transformer.CIFAR10 = report.demo_data.DemoCIFAR10
 
 
 def kill_now(*_):

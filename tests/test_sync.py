@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT, STUDENT, edited_notebook, replace_in
 
 import training
-from report import build, bundle, notebooks, pairs
+from report import build, bundle, notebooks, sync
 from report.build import Submission
 from training import UserError
 
@@ -24,10 +24,9 @@ fault = pytest.mark.fault("edited script or notebook")
 def light(tmp_path_factory):
     """A copy of what the commands read, with one short output in each code cell."""
     folder = tmp_path_factory.mktemp("light") / "project"
-    (folder / training.RECORD).mkdir(parents=True)
-    shutil.copy(
-        ROOT / training.RECORD / training.HISTORY_NAME, folder / training.RECORD
-    )
+    for path in (training.RECORD / training.HISTORY_NAME, training.FORMER):
+        (folder / path).parent.mkdir(parents=True)
+        shutil.copy(ROOT / path, folder / path)
     for pattern in ("*.py", "*.toml", "*.ipynb"):
         for path in ROOT.glob(pattern):
             shutil.copy(path, folder)
@@ -76,7 +75,7 @@ def read(path):
 
 def texts_in(path):
     """Return the texts of the cells, without the empty ones."""
-    return [text for _, text, _ in pairs.contents(jupytext.read(path))]
+    return [text for _, text, _ in sync.contents(jupytext.read(path))]
 
 
 def tags_of(path, text):
@@ -193,7 +192,7 @@ def edit_script(edit, draw, mark, editor=plain):
 
 
 def copies():
-    return [read(path) for path in pairs.KEPT.glob("*")] if pairs.KEPT.exists() else []
+    return [read(path) for path in sync.KEPT.glob("*")] if sync.KEPT.exists() else []
 
 
 def run(command, keep=None):
@@ -220,7 +219,7 @@ def test_no_edit_is_lost(edited, edit, side, seed):
     side(edit, draw, mark, editor)
     written = texts_in(NOTEBOOK if side is edit_notebook else SCRIPT)
     command = draw.choice(list(COMMANDS))
-    was_refused = run(command, draw.choice([None, *pairs.SIDES]))  # nothing to decide
+    was_refused = run(command, draw.choice([None, *sync.SIDES]))  # nothing to decide
     assert not was_refused or command == "zip"
     assert mark in "".join(written)
     assert texts_in(SCRIPT) == texts_in(NOTEBOOK) == written
@@ -234,7 +233,7 @@ def test_no_edit_is_lost(edited, edit, side, seed):
 
 
 @fault
-@pytest.mark.parametrize("keep", pairs.SIDES)
+@pytest.mark.parametrize("keep", sync.SIDES)
 @pytest.mark.parametrize("command", COMMANDS)
 def test_where_both_were_edited_one_is_chosen_and_the_other_kept(edited, command, keep):
     edit_notebook(in_a_sentence, random.Random(0), "mine in the notebook")
@@ -258,15 +257,15 @@ def test_where_both_were_edited_one_is_chosen_and_the_other_kept(edited, command
 def test_a_notebook_whose_checksum_is_gone_is_not_judged(edited):
     with edited_notebook() as notebook:
         del notebook.metadata["provenance"]
-    pairs.bring_together(SCRIPT, NOTEBOOK)  # they agree: nothing to decide
+    sync.bring_together(SCRIPT, NOTEBOOK)  # they agree: nothing to decide
     edit_notebook(in_a_sentence, random.Random(0), "mine")
-    pairs.bring_together(SCRIPT, NOTEBOOK)
+    sync.bring_together(SCRIPT, NOTEBOOK)
     assert "mine" in read(SCRIPT)
     with edited_notebook() as notebook:
         del notebook.metadata["provenance"]
         notebook.cells[0].source += "\n\nMine, too."
     with pytest.raises(UserError, match="KEEP=script"):
-        pairs.bring_together(SCRIPT, NOTEBOOK)
+        sync.bring_together(SCRIPT, NOTEBOOK)
 
 
 @fault
@@ -284,7 +283,7 @@ def test_what_is_no_notebook_is_left_as_it_is(edited, content):
             command(None)
     assert NOTEBOOK.read_bytes() == content
     COMMANDS["notebooks"]("script")
-    [copy] = pairs.KEPT.iterdir()
+    [copy] = sync.KEPT.iterdir()
     assert copy.read_bytes() == content
 
 
@@ -293,7 +292,7 @@ def test_tags_come_from_the_script_and_importing_still_only_defines(edited):
     draw = random.Random(0)
     for edit in (new_cells, in_code):
         edit_notebook(edit, draw, edit.__name__, colab)
-        pairs.bring_together(SCRIPT, NOTEBOOK)
+        sync.bring_together(SCRIPT, NOTEBOOK)
     assert tags_of(SCRIPT, "def helper") == []
     assert tags_of(SCRIPT, 'print("new_cells")') == ["active-ipynb"]
     assert tags_of(SCRIPT, "**Figure 2.**") == ["caption"]
@@ -329,13 +328,13 @@ def test_an_edit_while_both_are_brought_together_is_not_overwritten(
     edited, monkeypatch
 ):
     replace_in(SCRIPT, "The layer", "The graded layer")
-    use_cells = pairs._use_cells
+    use_cells = sync._use_cells
 
     def slowly(*books):
         use_cells(*books)
         edit_notebook(in_a_sentence, random.Random(0), "in the meantime")
 
-    monkeypatch.setattr(pairs, "_use_cells", slowly)
+    monkeypatch.setattr(sync, "_use_cells", slowly)
     with pytest.raises(UserError, match="was saved just now"):
         COMMANDS["report"](None)
     assert "in the meantime" in "".join(texts_in(NOTEBOOK))
@@ -382,7 +381,7 @@ def test_a_script_as_windows_editors_save_it_is_no_edit(edited, end):
     text = read(SCRIPT)
     SCRIPT.write_text(text, encoding="utf-8-sig", newline=end)
     assert texts_in(NOTEBOOK) == [
-        text for _, text, _ in pairs.contents(notebooks.read_script(SCRIPT))
+        text for _, text, _ in sync.contents(notebooks.read_script(SCRIPT))
     ]
     SCRIPT.write_text(text + "# ä\n", encoding="cp1252")
     with pytest.raises(UserError, match="cannot be read"):
@@ -395,11 +394,11 @@ def test_tags_that_an_editor_dropped_come_back_and_edited_ones_stay(edited):
         for cell in notebook.cells[1:]:
             cell.metadata = {}
         notebook.cells[0].metadata["tags"] = ["mine"]
-    before = pairs.contents(jupytext.read(SCRIPT))
+    before = sync.contents(jupytext.read(SCRIPT))
     bundle.make_zip(submission(), weights=False)
     before[0][2] = ["mine"]
-    assert pairs.contents(jupytext.read(SCRIPT)) == before
-    assert pairs.contents(jupytext.read(NOTEBOOK)) == before
+    assert sync.contents(jupytext.read(SCRIPT)) == before
+    assert sync.contents(jupytext.read(NOTEBOOK)) == before
 
 
 @fault

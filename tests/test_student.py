@@ -4,7 +4,7 @@ import unicodedata
 
 import pytest
 
-from report.identity import check_student, read_student
+from report.student import check_student, read_student
 from training import UserError
 
 pytestmark = pytest.mark.fault("identity")
