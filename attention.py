@@ -244,8 +244,8 @@ if __name__ == "__main__":
 
 # %% [markdown]
 # What differs is rounding: all differences are of the size of the last digit that the
-# precision keeps, and a mistake in the mathematics would be far larger in both. The two
-# layers add in different orders, so they round differently. With eight heads,
+# precision keeps, and a mistake in the mathematics would be far larger in both. Sums
+# that are taken in another order are rounded differently. With eight heads,
 # $\sqrt{d_k}$ is rounded, too, and the two layers divide by it in different places;
 # with one and four it is 16 and 8, and dividing by a power of two rounds nothing.
 
@@ -323,9 +323,8 @@ if __name__ == "__main__":
 # %% [markdown] tags=["caption"]
 # **Figure 3.** Cost of `SelfAttention2d` with its defaults ($D = 256$) on one grid of
 # $L$ tokens. Left: counted operations of the projections and of the products $QK^T$ and
-# (weights) $V$. Right: memory kept for
-# the backward pass, and time of a forward pass on one core of the machine that made
-# this figure.
+# (weights) $V$. Right: memory kept for the backward pass, and time of a forward pass on
+# one core of the machine that made this figure.
 # <!-- alt: Two log-log plots against the number of tokens. On the left, the line of the
 # products is steeper than that of the projections and crosses it at 512 tokens. On the
 # right, memory rises ever more steeply; measured times stand beside it. -->

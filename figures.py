@@ -224,9 +224,9 @@ def count_operations(layer, x):
 def fastest_pass(layer, x, seconds=0.3):
     """Return the seconds of the fastest of some passes: disturbance only adds time.
 
-    On one core, since several wait for each other, longest on a busy machine. Not by
-    ``torch.utils.benchmark``, whose import warns where there is no CUDA.
+    On one core, since several wait for each other, longest on a busy machine.
     """
+    # Not by torch.utils.benchmark: its import may print a warning about CUDA
     times, threads = [], torch.get_num_threads()
     torch.set_num_threads(1)
     while len(times) < 5 or sum(times) < seconds:
@@ -506,13 +506,13 @@ def plot_training(history):
 
 
 def plot_before_and_after(history, before=FORMER):
-    """Plot a run against that of the former model, which is read from its history."""
+    """Plot a run against that of an earlier version, read from its history."""
     if not Path(before).is_file():
         print(f"Not shown (before and after): {before} is not here.")
         return None
     former = json.loads(Path(before).read_text(encoding="utf-8"))
     if describe(former) != describe(history):
-        print(f"Not shown (before and after): the former run is {describe(former)}.")
+        print(f"Not shown (before and after): the earlier is {describe(former)}.")
         return None
     figure, (left, right) = _panels(2.1)
     for run, name, color in ((former, "before", GREY), (history, "after", BLUE)):

@@ -41,11 +41,10 @@ RECORD = {record!r}\
 """
 DEMO_CELL = """\
 # injected: DEMO DATA, generated, instead of CIFAR-10: see report/demo_data.py
-from report.demo_data import DemoCIFAR10 as CIFAR10
-
+from report.demo_data import DemoCIFAR10 as CIFAR10\
 """
 OTHER_RUN = """\
-<!-- injected -->
+<!-- injected; an edit of this cell is not kept -->
 **Another run is shown here than the one that the text reads.** The text was written for
 the recorded run of the exercise ({written_for}). The figures and tables show
 {shown}, and may contradict it.\
@@ -163,8 +162,10 @@ def _execute(submission, script):
 def _inject_run(notebook, submission):
     """Let a notebook show the run, and say that its text reads another."""
     source = RUN_CELL.format(record=submission.run.as_posix(), **submission.history)
-    cell = nbformat.v4.new_code_cell(DEMO_CELL * submission.demo + source)
-    notebooks.inject(notebook, cell, "RECORD = ")
+    notebooks.inject(notebook, nbformat.v4.new_code_cell(source), "RECORD = ")
+    if submission.demo:
+        cell = nbformat.v4.new_code_cell(DEMO_CELL)
+        notebooks.inject(notebook, cell, "DATASET_CACHE_DIR = ")
     text = OTHER_RUN.format(
         written_for=describe(PRESETS["default"]), shown=describe(submission.history)
     )
@@ -177,6 +178,8 @@ def demo(student, keep=None):
     import vision_transformer  # not above: a mistake in it must not stop all commands
     from attention import choose_device
 
+    for script in SCRIPTS:
+        bring_together(script, BUILD / "demo" / f"{script.stem}.ipynb", keep)
     folder = BUILD / "demo" / "run"
     shutil.rmtree(folder, ignore_errors=True)
     with mock.patch.object(vision_transformer, "CIFAR10", DemoCIFAR10):
@@ -186,7 +189,7 @@ def demo(student, keep=None):
             device=choose_device(),
             folder=folder,
         )
-    report(Submission.of(folder, student), keep)
+    report(Submission.of(folder, student))
     print("It shows a demo on generated images, and cannot be handed in.")
 
 

@@ -32,14 +32,16 @@ python attention.py              Task 1: prints "passed" for each unit test
 python vision_transformer.py     Task 2: likewise
 {verify}
 python train.py                  the training of the exercise: hours without a GPU
-jupyter lab                      both notebooks; Run All shows the recorded run again
+jupyter lab                      both notebooks; Run All shows the recorded run again,
+                                 beside that of an earlier version, in bench/
 
-The first two need torchvision, einops, and Python 3.8 and torch 2.0 or newer. All else
-needs Python 3.10 or newer, `pip install -r requirements.txt`, and CIFAR-10 in data/,
-which is fetched if it is missing. To run the course's own cells, copy only the two .py
-files beside its notebooks, which have the same names as those here, and import the
-classes in place of their cells: `from attention import SelfAttention2d`, `from
-vision_transformer import ...`.
+The first two need Python 3.8 or newer, torch 2.0 or newer, torchvision and einops. All
+else needs Python 3.10 or newer, `pip install -r requirements.txt`, and CIFAR-10 in
+data/, which is fetched if it is missing.
+
+To run the course's own cells, copy only the two .py files beside its notebooks (those
+here have the same names), and import the classes in place of their cells:
+`from attention import SelfAttention2d`, `from vision_transformer import ...`.
 """
 VERIFY = {
     True: "python train.py --verify         validates the recorded weights: minutes",
@@ -142,7 +144,7 @@ def _members(submission, weights):
     readme = README.format(stem=submission.student.stem, verify=VERIFY[weights])
     return {
         **{path.name: path.read_bytes() for path in files},
-        FORMER.as_posix(): FORMER.read_bytes(),  # Figure 7 compares
+        **{path.as_posix(): path.read_bytes() for path in [FORMER] if path.is_file()},
         "README.txt": readme.encode(),
         "requirements.txt": "".join(f"{name}\n" for name in needed).encode(),
     }

@@ -154,7 +154,7 @@ def build_of(python):
 
 
 def answers(url):
-    """Return whether a server answers within seconds."""
+    """Return whether a server answers."""
     with (
         contextlib.suppress(Exception),  # whatever a network or a proxy can do
         urllib.request.urlopen(url, timeout=ANSWER_SECONDS),
@@ -164,7 +164,7 @@ def answers(url):
 
 
 def set_up(title, command):
-    """Run one step of the set-up; pip shows itself how far it is."""
+    """Run one step of the set-up; pip itself shows its progress."""
     print(f"  {title} ...", flush=True)
     if subprocess.run(command, cwd=ROOT, check=False).returncode:
         fail(

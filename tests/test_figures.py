@@ -149,10 +149,10 @@ def test_figures_have_labels_units_and_legends_and_fit_the_text(name):
     assert figure.get_figwidth() <= figures.WIDTH
 
 
-def test_a_run_of_other_settings_is_not_compared_with_the_former_one(capsys):
+def test_a_run_of_other_settings_is_not_compared_with_the_earlier_one(capsys):
     history = {**HISTORY, **PRESETS["default"], "batch_size": 64}
     assert figures.plot_before_and_after(history, FORMER) is None
-    assert "the former run is CIFAR10, batch size 128" in capsys.readouterr().out
+    assert "the earlier is CIFAR10, batch size 128" in capsys.readouterr().out
 
 
 def test_no_plot_is_left_out():

@@ -590,12 +590,12 @@ def test_the_readme_shows_what_the_records_say():
         assert f"{value:.2f} times" in readme, name
     commands = set(re.findall(r"make ([a-z]+)(?:[` ]|$)", readme, re.MULTILINE))
     assert commands - {"make"} <= {*make.FIRST, *make.OTHERS}
-    for name in re.findall(
-        r"^\| (.*?) \|.*\|$", readme.partition("## What is")[2], re.M
-    ):
-        for path in re.findall(r"`([\w./]+)`", name):
-            folders = (ROOT, ROOT / "report", ROOT / "bench")
-            assert any((folder / path).exists() for folder in folders), path
+    table = readme.partition("## What is")[2]
+    for row in re.findall(r"^\| (`.*?) \|.*\|$", table, re.MULTILINE):
+        first, *others = re.findall(r"`([\w./]+)`", row)
+        folder = (ROOT / first.rstrip("/")).parent  # bare names are beside the first
+        for path in (ROOT / first, *(folder / name for name in others)):
+            assert path.exists(), path
 
 
 def test_without_data_the_report_takes_recorded_outputs(ready, monkeypatch, capsys):
@@ -666,6 +666,8 @@ def test_the_demo_works_and_touches_nothing_tracked(project):
     assert "DEMO DATA" in text_of(folder / "DEMO-Meier-1234567.pdf", last=1)[0]
     history = training.read_history(folder / "run")
     assert history["val_accs"][-1] > 0.5, "it visibly learns"
+    outputs = (folder / "vision_transformer.ipynb").read_text(encoding="utf-8")
+    assert "Not shown" not in outputs
 
 
 def test_lab_brings_edits_together_before_it_opens(project, command, monkeypatch):

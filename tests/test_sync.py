@@ -418,10 +418,14 @@ def test_another_run_is_shown_and_what_was_injected_gets_into_no_script(edited):
         [said] = [n for n, c in enumerate(cells) if "Another run is sh" in c.source]
         assert cells[said - 1].source.startswith("## Plots")
         assert re.search(r"batch size 128.*\n.*batch size 64", cells[said].source)
+        [run_cell] = [n for n, c in enumerate(cells) if "RECORD = 'mine'" in c.source]
+        assert any("SEED = 0" in cell.source for cell in cells[:run_cell])
         colab(notebook)
+        cells[run_cell].source += "\n# an edit that is not kept, as the cell says"
         cells[0].source += "\n\nMy sentence."
     build.store_notebooks(other)
     assert "Another run" not in read(Path("vision_transformer.ipynb"))
     assert read(script).replace("#\n# My sentence.\n", "") == text
     cells = nbformat.read(path, as_version=4).cells
-    assert sum("RECORD = 'mine'" in cell.source for cell in cells) == 1
+    [again] = [cell.source for cell in cells if "RECORD = 'mine'" in cell.source]
+    assert "an edit that" not in again

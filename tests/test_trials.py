@@ -22,7 +22,7 @@ def test_every_record_is_of_a_trial_that_is_listed_and_was_finished():
     records = {
         path: json.loads(path.read_text(encoding="utf-8"))
         for path in trials.FOLDER.glob("*.json")
-        if not path.name.startswith("init-")  # of the former model
+        if not path.name.startswith("init-")  # of an earlier version
     }
     assert records
     for trial in trials.TRIALS:
