@@ -512,9 +512,9 @@ def plot_before_and_after(history, before=FORMER):
         return None
     former = json.loads(Path(before).read_text(encoding="utf-8"))
     if describe(former) != describe(history):
-        print(f"Not shown (before and after): the earlier is {describe(former)}.")
+        print(f"Not shown (before and after): the earlier run is {describe(former)}.")
         return None
-    figure, (left, right) = _panels(2.1)
+    figure, (left, right) = _panels(1.9)
     for run, name, color in ((former, "before", GREY), (history, "after", BLUE)):
         n_epochs = len(run["val_accs"])
         epochs = np.arange(1, n_epochs + 1)
@@ -610,7 +610,7 @@ def plot_calibration(predictions):
     labels = predictions.labels
     mean, accuracy, share, error = calibration(predictions.logits, labels)
     enough = share * len(labels) >= 10  # of fewer images, a share right means nothing
-    figure, axes = _panels(2.1)
+    figure, axes = _panels(1.9)
     axes[0].plot([0, 100], [0, 100], ":", color=GREY, label="perfectly calibrated")
     percent = 100 * mean[enough], 100 * accuracy[enough]
     axes[0].plot(*percent, "o-", color=BLUE, label="model")

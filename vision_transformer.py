@@ -869,7 +869,7 @@ def verify(history, predictions):
 # could reach the class token, and does not prove that it did.
 
 # %% [markdown]
-# ### Trials
+# ### Trials and seeds
 #
 # What the exercise leaves open was chosen by trials that never looked at the test
 # images: 5,000 of the training images were held out, and each trial was judged by them
@@ -893,6 +893,10 @@ def verify(history, predictions):
 # - *settings*: four epochs on 15,000 images compare batch sizes and learning rates for
 #   a shorter run. Batches of 32 with a rate of 0.0002 were the first to reach 50 % by
 #   the recipe, and had the lowest loss at the end.
+#
+# So the shorter run has these settings, and 13 epochs. With seed 0 it reached 70 % by
+# the recipe in epoch 8, after 0.66 hours, and ended after 1.07 hours at 72.11 %, with
+# `eval()` at 72.61 %. Table 2 shows it with other seeds.
 #
 # Two facts weaken this choice. First, the mean over five epochs was made the rule when
 # three of the four finals were known. By the last epoch alone, zero branches are 1.8

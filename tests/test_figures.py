@@ -152,7 +152,7 @@ def test_figures_have_labels_units_and_legends_and_fit_the_text(name):
 def test_a_run_of_other_settings_is_not_compared_with_the_earlier_one(capsys):
     history = {**HISTORY, **PRESETS["default"], "batch_size": 64}
     assert figures.plot_before_and_after(history, FORMER) is None
-    assert "the earlier is CIFAR10, batch size 128" in capsys.readouterr().out
+    assert "the earlier run is CIFAR10, batch size 128" in capsys.readouterr().out
 
 
 def test_no_plot_is_left_out():
@@ -176,7 +176,7 @@ def test_plots_have_captions_with_alternatives_and_the_text_names_them():
                 numbers.add(found[1])
                 assert found[3] not in found[2]
             elif cell.cell_type == "markdown":
-                pairs = re.findall(r"Figures? (\d+)(?: and (\d+))?", cell.source)
+                pairs = re.findall(r"Figures?\s(\d+)(?:\sand\s(\d+))?", cell.source)
                 named |= {number for pair in pairs for number in pair if number}
     assert named == numbers
     assert len(numbers) == len(FIGURES)

@@ -667,7 +667,7 @@ def test_the_demo_works_and_touches_nothing_tracked(project):
     history = training.read_history(folder / "run")
     assert history["val_accs"][-1] > 0.5, "it visibly learns"
     outputs = (folder / "vision_transformer.ipynb").read_text(encoding="utf-8")
-    assert "Not shown" not in outputs
+    assert "Not shown (patches" not in outputs
 
 
 def test_lab_brings_edits_together_before_it_opens(project, command, monkeypatch):
