@@ -18,7 +18,6 @@ from training import UserError, checksum, write_whole
 SCRIPTS = (Path("attention.py"), Path("vision_transformer.py"))
 # Which the notebooks import
 LIBRARIES = (Path("dataset.py"), Path("figures.py"), Path("training.py"))
-SIDES = ("notebook", "script")
 KEPT = Path("build", "kept")  # copies of what had to give way
 NOTEBOOK_ONLY = "active-ipynb"  # the tag of cells that are comments in the script
 LIKE = 0.6  # how alike an edited cell and the one that it was have to be

@@ -18,7 +18,7 @@ import figures
 import report.demo_data
 import vision_transformer
 from attention import SelfAttention2d
-from training import PRESETS
+from training import FORMER, PRESETS
 from vision_transformer import Predictions, VisionTransformer
 
 TEMPLATE = (ROOT / "report" / "template.typ").read_text(encoding="utf-8")
@@ -48,7 +48,6 @@ WITHOUT_UNIT = {
 }
 LOGITS = 9 * torch.eye(4)[[0, 0, 1, 2, 3, 3]]
 LABELS = torch.tensor([0, 1, 1, 2, 3, 0])
-FORMER = ROOT / "bench" / "former" / "default.json"
 HISTORY = {
     "seed": 1,
     "train_losses": [2.0, 1.5, 1.2, 1.0],
@@ -73,7 +72,10 @@ def drawn():
         figures.plot_architecture: (model,),
         figures.plot_patches: (report.demo_data.DemoCIFAR10, "data", 4),
         figures.plot_training: (HISTORY,),
-        figures.plot_before_and_after: ({**HISTORY, **PRESETS["default"]}, FORMER),
+        figures.plot_before_and_after: (
+            {**HISTORY, **PRESETS["default"]},
+            ROOT / FORMER,
+        ),
         figures.plot_confusion: (predictions,),
         figures.plot_calibration: (predictions,),
         figures.plot_predictions: (predictions,),
@@ -151,7 +153,7 @@ def test_figures_have_labels_units_and_legends_and_fit_the_text(name):
 
 def test_a_run_of_other_settings_is_not_compared_with_the_earlier_one(capsys):
     history = {**HISTORY, **PRESETS["default"], "batch_size": 64}
-    assert figures.plot_before_and_after(history, FORMER) is None
+    assert figures.plot_before_and_after(history, ROOT / FORMER) is None
     assert "the earlier run is CIFAR10, batch size 128" in capsys.readouterr().out
 
 

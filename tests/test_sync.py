@@ -12,11 +12,12 @@ import pytest
 from conftest import ROOT, STUDENT, edited_notebook, replace_in
 
 import training
-from report import build, bundle, notebooks, sync
+from report import build, bundle, make, notebooks, sync
 from report.build import Submission
 from training import UserError
 
 SCRIPT, NOTEBOOK = Path("attention.py"), Path("attention.ipynb")
+SIDES = make.CHOICES["KEEP"]
 fault = pytest.mark.fault("edited script or notebook")
 
 
@@ -219,7 +220,7 @@ def test_no_edit_is_lost(edited, edit, side, seed):
     side(edit, draw, mark, editor)
     written = texts_in(NOTEBOOK if side is edit_notebook else SCRIPT)
     command = draw.choice(list(COMMANDS))
-    was_refused = run(command, draw.choice([None, *sync.SIDES]))  # nothing to decide
+    was_refused = run(command, draw.choice([None, *SIDES]))  # nothing to decide
     assert not was_refused or command == "zip"
     assert mark in "".join(written)
     assert texts_in(SCRIPT) == texts_in(NOTEBOOK) == written
@@ -233,7 +234,7 @@ def test_no_edit_is_lost(edited, edit, side, seed):
 
 
 @fault
-@pytest.mark.parametrize("keep", sync.SIDES)
+@pytest.mark.parametrize("keep", SIDES)
 @pytest.mark.parametrize("command", COMMANDS)
 def test_where_both_were_edited_one_is_chosen_and_the_other_kept(edited, command, keep):
     edit_notebook(in_a_sentence, random.Random(0), "mine in the notebook")
