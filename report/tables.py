@@ -104,6 +104,7 @@ def trials():
         for path in sorted(TRIALS.glob("*.json"))
     ]
     short = [record for record in records if "held_out_accs" in record]
+    short += [_beginning(trial) for trial in short if trial["group"] == "final"]
     short.sort(key=lambda trial: (trial["group"], -at_the_end(trial)[0]))
     seeds = [record for record in records if "held_out_accs" not in record]
     if (ROOT / QUICK_RECORD / HISTORY_NAME).is_file():
@@ -111,6 +112,12 @@ def trials():
     return "\n\n".join(
         make(runs) for make, runs in ((_short_runs, short), (_seeds, seeds)) if runs
     )
+
+
+def _beginning(final, epochs=20):
+    """Return the first epochs of a final, which are an ablation: all else is equal."""
+    lists = {key: value[:epochs] for key, value in final.items() if type(value) is list}
+    return {**final, **lists, "group": "ablation", "epochs": epochs}
 
 
 def at_the_end(trial):
