@@ -83,10 +83,9 @@ def choose_device():
 # ## The layer
 #
 # `SelfAttention` works on a sequence of tokens, which is what the Vision Transformer
-# of Task 2 needs. Head $i$ owns slice $i$ of the features of `q`, `k` and `v`, so a
-# reshape splits the heads, and no loop over heads, tokens or images is needed. Where
-# only the first tokens of the output are wanted, as in the last block of Task 2, `keep`
-# says how many.
+# of Task 2 needs. A reshape splits the heads, so there is no loop over heads, tokens or
+# images. Where only the first tokens of the output are wanted, as in the last block of
+# Task 2, `keep` says how many.
 
 
 # %%
@@ -126,9 +125,6 @@ class SelfAttention(nn.Module):
 
 
 # %% [markdown]
-# The queries are divided by $\sqrt{d_k}$ before the product. In exact arithmetic this
-# is the same as dividing the logits, which are more numbers as soon as $L > d_k$.
-#
 # `SelfAttention2d` is the layer of the exercise. It reads a grid row by row as a
 # sequence, applies the layer above, and puts the result back.
 
@@ -160,8 +156,7 @@ class SelfAttention2d(SelfAttention):
 def torch_attention(layer, x):
     """Return what ``nn.MultiheadAttention`` makes of the layer's weights and a grid.
 
-    The heads must fill the token, the only sizes that PyTorch's layer knows. Returns
-    the output (B, D, H, W) and the weights (B, h, L, L).
+    The heads must fill the token, the only sizes that PyTorch's layer knows.
     """
     theirs = nn.MultiheadAttention(
         layer.embed_dim, layer.num_heads, bias=False, batch_first=True
@@ -172,10 +167,8 @@ def torch_attention(layer, x):
         )
         theirs.out_proj.weight.copy_(layer.out.weight)
     tokens = rearrange(x, "B D H W -> B (H W) D")
-    output, weights = theirs(
-        tokens, tokens, tokens, need_weights=True, average_attn_weights=False
-    )
-    return rearrange(output, "B (H W) D -> B D H W", H=x.shape[2]), weights
+    output, _ = theirs(tokens, tokens, tokens)
+    return rearrange(output, "B (H W) D -> B D H W", H=x.shape[2])
 
 
 @torch.no_grad()
@@ -183,7 +176,7 @@ def check_against_torch(layer, device):
     """Assert that a layer agrees with PyTorch; return by how much they differ."""
     layer = layer.to(device)
     x = torch.randn(4, layer.embed_dim, 24, 24, device=device)
-    ours, (theirs, _) = layer(x), torch_attention(layer, x)
+    ours, theirs = layer(x), torch_attention(layer, x)
     error = (ours - theirs).abs().max().item()
     assert torch.allclose(ours, theirs, rtol=1e-2, atol=1e-5), (
         f"differs from nn.MultiheadAttention by up to {error:.1e}: is the scaling by "
@@ -229,27 +222,9 @@ if __name__ == "__main__":
 # %% [markdown]
 # ## Beyond the exercise
 #
-# The rest was not asked for: how exact the layer is, why it divides by $\sqrt{d_k}$,
-# what its heads look at, and what it costs.
+# The rest was not asked for: why the layer divides by $\sqrt{d_k}$, what its heads look
+# at, and what it costs.
 #
-# ### How exact is it?
-#
-# The tests allow an error of one percent. The table shows how far the two
-# implementations really are apart: the largest absolute difference of outputs, of
-# attention weights and of gradients (of the summed squares of the output, with respect
-# to the input), in single and in double precision:
-
-# %% tags=["active-ipynb", "appendix"]
-# figures.print_exactness(heads=[1, 4, 8])
-
-# %% [markdown]
-# What differs is rounding: all differences are of the size of the last digit that the
-# precision keeps, and a mistake in the mathematics would be far larger in both. Sums
-# that are taken in another order are rounded differently. With eight heads,
-# $\sqrt{d_k}$ is rounded, too, and the two layers divide by it in different places;
-# with one and four it is 16 and 8, and dividing by a power of two rounds nothing.
-
-# %% [markdown]
 # ### Why divide by $\sqrt{d_k}$?
 #
 # Let the entries of a query and a key be independent, with mean 0 and variance 1. Their
@@ -258,11 +233,10 @@ if __name__ == "__main__":
 # $$\operatorname{Var}(q \cdot k) = \sum_{i=1}^{d_k} \operatorname{Var}(q_i k_i) = d_k$$
 #
 # Without the division the logits grow with the size of the heads, the softmax
-# approaches an argmax, and hardly any gradient passes through it. Figure 1 draws
-# queries and keys at random and measures two things: how far the logits scatter, and
-# over how many tokens a row of attention weights spreads. The latter is its entropy
-# $-\sum_j w_j \ln w_j$, which is $\ln L$ when all $L$ tokens have the same weight, and
-# 0 when one token has all of it.
+# approaches an argmax, and hardly any gradient passes through it. Figure 1 measures, for
+# random queries and keys, how far the logits scatter, and how far a row of attention
+# weights spreads: its entropy $-\sum_j w_j \ln w_j$ is $\ln L$ when all $L$ tokens have
+# the same weight, and 0 when one token has all of it.
 
 # %% tags=["active-ipynb", "appendix"]
 # figures.plot_scaling(head_dims=[4, 16, 64, 256, 1024]);

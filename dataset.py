@@ -2,14 +2,13 @@
 
 import contextlib
 import os
-import tarfile
 import tempfile
 import threading
 import time
 from pathlib import Path
 
 import httpx
-from torchvision.datasets.utils import check_integrity
+from torchvision.datasets.utils import check_integrity, extract_archive
 from tqdm import tqdm
 
 from training import UserError
@@ -63,7 +62,13 @@ def fetch(dataset, cache_dir, sources=SOURCES):
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             tried.append(f"{source}: {reason}")
     if check_integrity(archive, ARCHIVE_MD5):
-        _unpack(archive, dataset.base_folder)
+        try:
+            extract_archive(str(archive), str(cache_dir))
+        except OSError as error:
+            raise UserError(
+                f"{archive} could not be unpacked ({error}): make room, and type the "
+                "same command again"
+            ) from error
         return
     lines = "\n".join(f"  {line}" for line in tried)
     raise UserError(
@@ -136,26 +141,3 @@ def _download(url, path):
         stop.set()
         with contextlib.suppress(OSError):  # on Windows, if the thread still has it
             Path(temporary).unlink()
-
-
-def _unpack(archive, folder):
-    """Unpack one folder of an archive beside it; no file is left half-written."""
-    beside = archive.parent
-    try:
-        with (
-            tempfile.TemporaryDirectory(dir=beside, prefix=".unpacking-") as inside,
-            tarfile.open(archive) as tar,
-        ):
-            # Refuses members that would land outside, and special files. Early
-            # patch releases of Python lack it: there the MD5 has to do.
-            tar.extraction_filter = getattr(tarfile, "data_filter", None)
-            tar.extractall(inside)
-            files = list(Path(inside, folder).iterdir())
-            (beside / folder).mkdir(exist_ok=True)
-            for path in files:
-                os.replace(path, beside / folder / path.name)
-    except (OSError, tarfile.TarError) as error:
-        raise UserError(
-            f"{archive} could not be unpacked ({error}): make room, or delete it and "
-            "type the same command again"
-        ) from error

@@ -4,7 +4,6 @@ A ``plot_...`` function returns a figure, a ``print_...`` function prints a tabl
 the model or its predictions are missing (None), either says so in one line instead.
 """
 
-import copy
 import functools
 import json
 import math
@@ -16,10 +15,9 @@ import numpy as np
 import torch
 from einops import rearrange
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
-from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from attention import SelfAttention, SelfAttention2d, torch_attention
+from attention import SelfAttention, SelfAttention2d
 from training import FORMER, describe, first_epoch_at
 from vision_transformer import VAL_TRANSFORM, VisionTransformer
 
@@ -48,42 +46,7 @@ def _panels(height, rows=1, columns=2, **options):
     )
 
 
-# --- Task 1: exactness, scaling, maps, cost ---------------------------
-
-
-def errors_against_torch(layer, x, dtype):
-    """Return the largest absolute differences from ``nn.MultiheadAttention``.
-
-    Of a ``SelfAttention2d`` whose heads fill the token, on a grid (B, D, H, W): of
-    output, attention weights, and gradient of the summed squares of the output.
-    """
-    layer = copy.deepcopy(layer).to(dtype)
-    results = []
-    for function in (layer, functools.partial(torch_attention, layer)):
-        grid = x.to(dtype).requires_grad_()
-        both = {"need_weights": True} if function is layer else {}
-        output, weights = function(grid, **both)
-        (gradient,) = torch.autograd.grad(output.square().sum(), grid)
-        results.append((output, weights, gradient))
-    names = ("output", "weights", "gradient")
-    return {
-        name: (ours - theirs).abs().max().item()
-        for name, ours, theirs in zip(names, *results, strict=True)
-    }
-
-
-def print_exactness(heads):
-    """Print ``errors_against_torch`` of layers with so many heads, D = 256."""
-    torch.manual_seed(0)
-    x = torch.randn(4, 256, 24, 24)
-    print(f"{'heads x d_k':<12} {'precision':<10} {'output':>9} {'weights':>9}", end="")
-    print(f" {'gradient':>9}")
-    for h in heads:
-        layer = SelfAttention2d(256, 256 // h, 256 // h, h)
-        for dtype in (torch.float32, torch.float64):
-            errors = errors_against_torch(layer, x, dtype)
-            columns = " ".join(f"{error:9.1e}" for error in errors.values())
-            print(f"{f'{h} x {256 // h}':<12} {str(dtype)[6:]:<10} {columns}")
+# --- Task 1: scaling, maps, cost --------------------------------------
 
 
 def measure_scaling(head_dims, num_tokens=64, num_queries=4096):
@@ -369,54 +332,23 @@ def plot_architecture(model):
     return figure
 
 
-def cost_rows(model):
-    """Return (part, parameters, operations of one image) of a model, part by part.
+def print_costs(model):
+    """Print the parameters of a model and of its parts, and the operations they cost.
 
-    Operations are those of the matrix products of a forward pass; a multiplication and
-    an addition count as two. AssertionError if the parts do not add up to the whole.
+    Operations are those of the matrix products for one image; a multiplication and an
+    addition count as two.
     """
     size, device = model.image_size, model.head.weight.device
     image = torch.zeros(1, model.in_channels, size, size, device=device)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(image)
-    counts = counter.get_flop_counts()
-    names = {module: name for name, module in model.named_modules()}
-    inner = [
-        (b.attention.inner_module, b.feed_forward.inner_module) for b in model.blocks
-    ]
-    tokens = [model.position_embedding, model.class_token]
-    parts = {
-        "patch embedding": [model.patch_embedding],
-        "positions and class token": [torch.nn.ParameterList(tokens)],
-        "self-attention": [attention[1] for attention, _ in inner],
-        "MLPs": [feed_forward[1] for _, feed_forward in inner],
-        "layer norms": [part[0] for pair in inner for part in pair] + [model.norm],
-        "head": [model.head],
-    }
-
-    def operations(module):
-        name = f"{type(model).__name__}.{names.get(module)}"
-        return sum(counts.get(name, {}).values())
-
-    rows = [
-        (
-            part,
-            sum(p.numel() for module in modules for p in module.parameters()),
-            sum(map(operations, modules)),
-        )
-        for part, modules in parts.items()
-    ]
-    whole = sum(p.numel() for p in model.parameters()), counter.get_total_flops()
-    sums = sum(row[1] for row in rows), sum(row[2] for row in rows)
-    assert sums == whole, f"the parts add up to {sums}, the model has {whole}"
-    return [*rows, ("all", *whole)]
-
-
-def print_costs(model):
-    """Print ``cost_rows``."""
-    print(f"{'part':<28}{'parameters':>12}{'operations per image':>24}")
-    for part, parameters, operations in cost_rows(model):
-        print(f"{part:<28}{parameters:>12,}{operations / 1e6:>18.2f} million")
+    last = f"blocks.{len(model.blocks) - 1}"
+    print(f"{'part':<18}{'parameters':>12}{'operations per image':>24}")
+    for name in ("patch_embedding", "blocks.0", last, "head", ""):
+        parameters = sum(p.numel() for p in model.get_submodule(name).parameters())
+        path = ".".join(filter(None, (type(model).__name__, name)))
+        millions = sum(counter.get_flop_counts()[path].values()) / 1e6
+        print(f"{name or 'all':<18}{parameters:>12,}{millions:>16.2f} million")
 
 
 def plot_patches(dataset, cache_dir, patch_size):
@@ -458,22 +390,15 @@ def draw_tiles(ax, tiles, fill=np.nan, **options):
 # --- Task 2: the training ---------------------------------------------
 
 
-def running_mean(values, window):
-    """Return the mean of the last ``window`` values at every place."""
-    sums = np.cumsum([0.0, *values])
-    ends = np.arange(1, len(values) + 1)
-    starts = np.maximum(ends - window, 0)
-    return (sums[ends] - sums[starts]) / (ends - starts)
-
-
 def plot_training(history):
     """Plot training loss against steps, and validation accuracy against epochs."""
     losses, n_epochs = history["train_losses"], len(history["val_accs"])
     window = len(losses) // n_epochs
     figure, (left, right) = _panels(2.6)
     left.plot(losses, color=SKY, linewidth=0.5, label="one step", rasterized=True)
-    mean = running_mean(losses, window)
-    left.plot(mean, color=BLUE, label=f"mean of {window} steps")
+    mean = np.convolve(losses, np.full(window, 1 / window), "valid")
+    steps = range(window - 1, len(losses))
+    left.plot(steps, mean, color=BLUE, label=f"mean of {window} steps")
     ends = window * np.arange(1, n_epochs + 1)
     left.plot(ends, history["val_losses_eval"], "--", color=YELLOW, label="validation")
     left.set(xlabel="training step", ylabel="cross-entropy / nats", ylim=(0, None))
@@ -543,28 +468,6 @@ def confusion(logits, labels):
     classes = logits.shape[1]
     pairs = labels * classes + logits.argmax(dim=-1)
     return torch.bincount(pairs, minlength=classes**2).reshape(classes, classes)
-
-
-@needs_results
-def print_classes(predictions, history):
-    """Print every class, best first, with what it is taken for; and both losses."""
-    _, labels, logits, classes = predictions
-    matrix = confusion(logits, labels)
-    share = matrix / matrix.sum(dim=1, keepdim=True)
-    for index in share.diag().argsort(descending=True).tolist():
-        wrong = share[index].clone()
-        wrong[index] = 0
-        rival = int(wrong.argmax())
-        print(
-            f"{classes[index]:<12}{100 * share[index, index]:6.1f} %   most often "
-            f"taken for {classes[rival]} ({100 * wrong[rival]:.1f} %)"
-        )
-    losses, n_epochs = history["train_losses"], len(history["val_accs"])
-    last = losses[-(len(losses) // n_epochs) :]
-    print(
-        f"cross-entropy: {F.cross_entropy(logits, labels):.3f} nats on the test "
-        f"images, {sum(last) / len(last):.3f} in the last epoch of training"
-    )
 
 
 @needs_results
@@ -666,67 +569,23 @@ def initial_model(history):
     return VisionTransformer()
 
 
-def likeness(model, start):
-    """Return the cosine similarity of embeddings with those of another model."""
-    result = {}
-    for name in ("patch_embedding.weight", "position_embedding"):
-        pair = (each.get_parameter(name).detach().cpu() for each in (model, start))
-        similarity = torch.cosine_similarity(*(p.flatten() for p in pair), dim=0)
-        result[name] = similarity.item()
-    return result
-
-
-@needs_results
-def print_likeness(model, history):
-    """Print ``likeness`` to the initial values.
-
-    Near 0, this machine draws other numbers from the seed.
-    """
-    for name, value in likeness(model, initial_model(history)).items():
-        print(f"{name}: cosine similarity with the initial values {value:.4f}")
-
-
-@needs_results
-def plot_filters(model, history, number=14):
-    """Draw principal components of the patch embedding, and of its change.
-
-    Dosovitskiy et al. (2021), Fig. 7 (left); without the initial noise.
-    """
-    trained, initial = (
-        each.patch_embedding.weight.detach().cpu()
-        for each in (model, initial_model(history))
-    )  # (D, p * p * C)
-    size = model.patch_size
-    figure = plt.figure(figsize=(WIDTH, 2.3), layout="constrained")
-    panels = figure.subfigures(2, 1)
-    for panel, weight, title in zip(
-        panels, (trained, trained - initial), ("trained", "changed"), strict=True
-    ):
-        _, _, components = torch.linalg.svd(weight - weight.mean(dim=0))
-        pictures = rearrange(
-            components[:number], "n (p q C) -> n p q C", p=size, q=size
-        )
-        axes = panel.subplots(2, number // 2)
-        for index, (ax, picture) in enumerate(zip(axes.flat, pictures, strict=True), 1):
-            ax.imshow((0.5 + 0.5 * picture / picture.abs().max()).numpy())
-            ax.set(xticks=[], yticks=[])
-            ax.set_xlabel(str(index), labelpad=2)
-        panel.supylabel(title, size="medium")
-    return figure
-
-
 @needs_results
 def plot_position_similarity(model, history):
     """Draw how alike the positional embeddings are, and their changes.
 
-    Dosovitskiy et al. (2021), Fig. 7 (centre); without the initial noise.
+    Dosovitskiy et al. (2021), Fig. 7 (centre); without the initial noise. Should this
+    machine draw other numbers from the seed, the first title shows a likeness near 0.
     """
     trained, initial = (
         each.position_embedding.detach().cpu()[0, 1:]
         for each in (model, initial_model(history))
     )
+    likeness = torch.cosine_similarity(trained.flatten(), initial.flatten(), dim=0)
+    titles = (
+        f"trained (cosine with the initial values {likeness:.2f})",
+        "changed by training",
+    )
     figure, axes = _panels(2.8)
-    titles = ("trained", "changed by training")
     for ax, position, title in zip(
         axes, (trained, trained - initial), titles, strict=True
     ):
@@ -788,7 +647,7 @@ def attention_distance(weights, patch_size):
 
 @needs_results
 def plot_attention_distance(model, predictions):
-    """Plot the attention distance of every head against depth, but the last block's."""
+    """Plot the attention distance of every head of all blocks but the last."""
     weights = attention_weights(model, normalised(predictions.pixels[:256]))[:-1]
     distances = attention_distance(weights, model.patch_size)
     even = attention_distance(torch.ones_like(weights[:1, :1, :1]), model.patch_size)

@@ -227,24 +227,14 @@ def _history_digest(history):
 def read_history(folder):
     """Return the history of the finished run in a folder, a dict.
 
-    ================== =================================================================
-    dataset            name of the class of the data set, ``"CIFAR10"``
-    batch_size, lr     of the recipe
-    n_epochs, seed     of the recipe; of the random numbers
-    train_losses       cross-entropy of every step, in nats
-    val_accs           accuracy after every epoch in [0, 1], as the recipe measures it
-    val_accs_eval      the same with ``model.eval()``
-    val_losses_eval    validation cross-entropy with ``model.eval()``, in nats
-    epoch_seconds      duration of every epoch, validation included; ``seconds`` is
-                       their sum
-    parameters         number of parameters of the model
-    begins, drops_out  how it began, and where it drops out: see ``traits``
-    device, machine    where it ran; ``versions`` of Python and the libraries
-    date               when it ended, UTC, ISO 8601
-    probe_logits       see ``probe``
-    weights_sha256     checksum of the weights file; ``sha256`` that of all the above
-    format             version of the way in which all this is stored
-    ================== =================================================================
+    First the settings of the run. ``train_losses``, of every step, and
+    ``val_losses_eval`` are cross-entropies in nats. ``val_accs`` are accuracies in
+    [0, 1] as the recipe measures them; names that end in ``_eval`` were measured with
+    ``model.eval()``; all of them, and ``epoch_seconds`` (with validation), are lists
+    with an entry for every epoch. ``begins`` and ``drops_out`` are the ``traits`` of
+    the model, ``probe_logits`` what ``probe`` returns; ``date`` is when the run ended,
+    UTC, ISO 8601. ``weights_sha256`` is the checksum of the weights file, ``sha256``
+    that of all the rest of the history.
     """
     path = Path(folder, HISTORY_NAME)
     advice = "restore it, or train the run in another folder"
@@ -456,6 +446,10 @@ class Run:
                 "a batch would hold more than all training images: choose a smaller one"
             )
         self.model, self.optimizer = model, optimizer
+        self.device = next(model.parameters()).device.type
+        self.random = {"cpu": torch}  # the modules that draw the run's random numbers
+        if self.device != "cpu":
+            self.random[self.device] = getattr(torch, self.device)
         self.checkpoint = Checkpoint(self.folder)
         with self._locked():
             self._restore()
@@ -542,7 +536,7 @@ class Run:
                 "history": self.history,
                 "model": self.model.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
-                "random": {k: m.get_rng_state() for k, m in self._random().items()},
+                "random": {k: m.get_rng_state() for k, m in self.random.items()},
                 "probe_logits": probe(self.model),
             }
         )
@@ -566,27 +560,17 @@ class Run:
         _check_traits(path, self.model, self.history)
         load_weights(self.model, state["model"], state["probe_logits"], path)
         self.optimizer.load_state_dict(state["optimizer"])
-        for name, module in self._random().items():
+        for name, module in self.random.items():
             if name in state["random"]:  # not so after a change of device
                 module.set_rng_state(state["random"][name])
 
-    def _random(self):
-        """Return the modules of torch whose random numbers the run draws."""
-        device = self._device()
-        return {"cpu": torch} | (
-            {} if device == "cpu" else {device: getattr(torch, device)}
-        )
-
-    def _device(self):
-        return next(self.model.parameters()).device.type
-
     def _record(self):
         content = safetensors.torch.save(self.model.state_dict())
-        device = self._device()
-        name = torch.cuda.get_device_name() if device == "cuda" else processor_name()
+        is_cuda = self.device == "cuda"
+        name = torch.cuda.get_device_name() if is_cuda else processor_name()
         self.history.update(
             seconds=sum(self.history["epoch_seconds"]),
-            device=device,
+            device=self.device,
             machine=f"{name}, {torch.get_num_threads()} threads, {platform.system()}",
             versions={
                 "python": platform.python_version(),

@@ -93,9 +93,8 @@ class ResidualModule(nn.Module):
 
 
 # %% [markdown]
-# PyTorch draws the random numbers of dropout on one core while the others wait. The
-# layer below needs a quarter of them, so a training step on a CPU takes less time. On
-# other devices it is `nn.Dropout`.
+# PyTorch draws the random numbers of dropout on one core while the others wait. On a
+# CPU, the layer below needs a quarter of them; elsewhere it is `nn.Dropout`.
 
 
 # %%
@@ -117,11 +116,10 @@ class Dropout(nn.Dropout):
 
 # %% [markdown]
 # The MLP of a block has one hidden layer with the GELU nonlinearity, and dropout after
-# each of its two linear layers, as the exercise says. After the first, dropout follows
-# the GELU, as in the authors' code. The paper has dropout at two more places, after
-# attention and where positions are added (Appendix B.1). This model does not: in trials
-# on held-out images they lowered the accuracy by the recipe (Table 1, and under
-# "Trials").
+# each of its two linear layers, as the exercise says (after the GELU, as in the authors'
+# code). The paper has dropout at two more places, after attention and where positions
+# are added (Appendix B.1). This model does not: in trials on held-out images they
+# lowered the accuracy by the recipe (Table 1).
 
 
 # %%
@@ -144,10 +142,9 @@ class FeedForwardBlock(nn.Module):
 
 
 # %% [markdown]
-# A block can compute the first tokens of its output only. The model uses this in its
-# last block: the classification head reads the class token only, so queries, output
-# projection and MLP of the other tokens would be wasted time. Keys and values are still
-# those of all tokens.
+# A block can compute the first tokens of its output only. The last block does: the head
+# reads the class token alone, so queries, output projection and MLP of the other tokens
+# would be wasted time. Keys and values are still those of all tokens.
 
 
 # %%
@@ -284,22 +281,20 @@ class VisionTransformer(nn.Module):
 # sum. -->
 
 # %% [markdown]
-# The exercise leaves open how the linear layers begin. Their weights are uniform with
-# the variance of Xavier initialisation
+# The exercise leaves open how the linear layers begin. Here their weights have Xavier
+# initialisation
 # ([Glorot and Bengio, 2010](https://proceedings.mlr.press/v9/glorot10a.html)), and
-# their biases zero. There are two exceptions. The weights of the patch embedding are
-# three times larger: positions begin with variance 1, as the exercise says, and would
-# drown what the patches show. The last linear layer of each residual branch begins at
-# zero ([Zhang et al., 2019](https://arxiv.org/abs/1901.09321)): every block begins as
-# the identity, and adds what it learns instead of noise. So all images get the same
-# logits at first; since the zeros have a gradient, one step ends that. Both exceptions
-# were chosen by trials on held-out training images (Table 1). A head of zeros, which
-# Zhang et al. have as well, was worse there. The class token begins at zero, as in the
-# authors' code.
+# their biases are zero, with two exceptions that were chosen by trials on held-out
+# training images (Table 1). The patch embedding begins three times as large: positions
+# begin with variance 1, as the exercise says, and would drown what the patches show.
+# The last linear layer of each residual branch begins at zero
+# ([Zhang et al., 2019](https://arxiv.org/abs/1901.09321)): every block begins as the
+# identity, and adds what it learns instead of noise. All images get the same logits at
+# first; since the zeros have a gradient, one step ends that. The class token begins at
+# zero, as in the authors' code.
 #
-# Operations are those of all matrix products, counted while an image passes through the
-# model. The last block costs less than the others, since it computes the class token
-# only. Parameters and operations of all parts:
+# Parameters, and operations of all matrix products for one image. The last block costs
+# less than the others, since it computes the class token only:
 
 # %% tags=["active-ipynb", "appendix"]
 # figures.print_costs(VisionTransformer())
@@ -424,36 +419,16 @@ def test_dropout(device):
     return f"{dropped:.3f} of the features at p = 0.25, none in eval mode"
 
 
-@torch.no_grad()
-def test_positions(device):
-    """Without positions the order of the patches does not matter, with them it does."""
-    model = with_random_weights(VisionTransformer(), device)
-    images = torch.randn(1, 3, 32, 32, device=device)
-    shifted = images.roll(4, dims=3)  # by one patch: the same patches, other places
-    with_positions = (model(images) - model(shifted)).abs().max().item()
-    model.position_embedding.zero_()
-    without = (model(images) - model(shifted)).abs().max().item()
-    assert without < 1e-4, f"logits change by {without:.1e} without positions"
-    assert with_positions > 1e-3, "patches in other places give the same logits"
-    return (
-        f"moved patches change the logits by {with_positions:.2f}, "
-        f"without positions by {without:.0e}"
-    )
-
-
-UNIT_TESTS = (
-    test_shapes,
-    test_patch_order,
-    test_block,
-    test_parameter_count,
-    test_class_token,
-    test_dropout,
-    test_positions,
-)
-
 # %%
 if __name__ == "__main__":
-    run_unit_tests(*UNIT_TESTS)
+    run_unit_tests(
+        test_shapes,
+        test_patch_order,
+        test_block,
+        test_parameter_count,
+        test_class_token,
+        test_dropout,
+    )
 
 # %% [markdown]
 # ## Training
@@ -597,8 +572,7 @@ def train_run(settings, cache_dir, device, folder=None):
 # %% [markdown]
 # Fifty epochs take hours without a GPU, so a finished run is loaded from its record,
 # after a check that it belongs to this model and the parameters above. The text below
-# describes the recorded run. How long it takes depends on the machine: an earlier run
-# of as many operations took 5.8 hours on another one.
+# describes the recorded run.
 
 # %% tags=["active-ipynb"]
 # TRAIN = False  # True: train with the parameters above instead
@@ -641,9 +615,9 @@ def train_run(settings, cache_dir, device, folder=None):
 # constant, so the accuracy scatters from epoch to epoch to the end.
 #
 # In the first epochs the training loss lies above the validation loss, since it is
-# measured with dropout and on cropped images. Dropout is also why the recipe's measure
-# lies below the accuracy in evaluation mode in almost every epoch: it still removes a
-# fifth of the features while the recipe validates.
+# measured with dropout and on cropped images. Dropout also keeps the recipe's measure
+# below the accuracy in evaluation mode in almost every epoch: it removes a fifth of the
+# features while the recipe validates.
 
 # %% [markdown]
 # ## Beyond the exercise
@@ -685,8 +659,8 @@ def train_run(settings, cache_dir, device, folder=None):
 # %% [markdown]
 # ### The recorded weights, validated again
 #
-# The weights behind the record classify all 10,000 test images once more, on this
-# machine. The next section is computed from these predictions.
+# The recorded weights classify all 10,000 test images once more, on this machine. The
+# next section is computed from these predictions.
 
 
 # %% tags=["appendix"]
@@ -733,9 +707,6 @@ def verify(history, predictions):
 
 # %% [markdown]
 # ### Its predictions
-
-# %% tags=["active-ipynb", "appendix"]
-# figures.print_classes(predictions, history)
 
 # %% tags=["active-ipynb", "appendix"]
 # figures.plot_confusion(predictions);
@@ -793,31 +764,15 @@ def verify(history, predictions):
 # %% [markdown]
 # ### What it has learned
 #
-# Filters and positions begin as noise, and training moves them little. So Figures 11
-# and 12 show the trained values, and below or beside them what training changed. For
-# that, the initial values are drawn again from the seed. The next output compares them
-# with the trained ones: had another seed been drawn, the similarity would be near 0.
-
-# %% tags=["active-ipynb", "appendix"]
-# figures.print_likeness(model, history)
-
-# %% tags=["active-ipynb", "appendix"]
-# figures.plot_filters(model, history);
-
-# %% [markdown] tags=["caption"]
-# **Figure 11.** Principal components of the filters of the patch embedding, most
-# important first (after Dosovitskiy et al., 2021, Fig. 7, left): of the trained filters
-# (above), and of what training changed in them (below).
-# <!-- alt: Twice fourteen small coloured squares of four by four pixels. Above, the
-# first is nearly plain green, and the others look like noise. Below, the first is
-# nearly white and the second plain purple, and the next run smoothly from one
-# brightness or colour to another. -->
+# Positions begin as noise, and training moves them little. So Figure 11 shows the
+# trained ones and, beside them, what training changed. For that, the initial values are
+# drawn again from the seed.
 
 # %% tags=["active-ipynb", "appendix"]
 # figures.plot_position_similarity(model, history);
 
 # %% [markdown] tags=["caption"]
-# **Figure 12.** Cosine similarity of the positional embedding of each patch (one small
+# **Figure 11.** Cosine similarity of the positional embedding of each patch (one small
 # map each, in the order of the image) with those of all patches (after Dosovitskiy et
 # al., 2021, Fig. 7, centre): of the trained embeddings (left), and of what training
 # changed in them (right). The similarity with itself, 1, is beyond the scale.
@@ -826,18 +781,16 @@ def verify(history, predictions):
 # place of its patch, and dark, opposite, in other parts of the image. -->
 
 # %% [markdown]
-# Dosovitskiy et al. found colours, edges and stripes in filters, and smooth
-# neighbourhoods in positions. The trained values here show little of it, because the
-# noise that they began with is still on top. What training changed shows the same as
-# the paper: in the filters plain colours first, then transitions from one to another
-# (Figure 11, below); and neighbouring positions changed alike (Figure 12, right). The
-# left and right edges changed alike, too, perhaps because images are flipped at random.
+# Dosovitskiy et al. found smooth neighbourhoods. The trained positions show little of
+# them, because the noise that they began with is still on top. But neighbouring
+# positions changed alike (Figure 11, right). The left and right edges changed alike,
+# too, perhaps because images are flipped at random.
 
 # %% tags=["active-ipynb", "appendix"]
 # figures.plot_attention_distance(model, predictions);
 
 # %% [markdown] tags=["caption"]
-# **Figure 13.** Mean attention distance of every head against depth, over the first 256
+# **Figure 12.** Mean attention distance of every head against depth, over the first 256
 # test images (after Dosovitskiy et al., 2021, Fig. 7, right). Dotted: the distance of a
 # head that attends to all patches alike. The last block is left out: only the class
 # token attends there, and it has no place in the image.
@@ -847,7 +800,7 @@ def verify(history, predictions):
 
 # %% [markdown]
 # Attention can reach far from the first block on, and here all heads do: their
-# distances in Figure 13 are near that of even attention, and no head looks only at its
+# distances in Figure 12 are near that of even attention, and no head looks only at its
 # surroundings. In the paper's figure, some heads look far from the start, but others
 # only at what is near. Such heads were not learned here, from 50,000 images.
 
@@ -855,7 +808,7 @@ def verify(history, predictions):
 # figures.plot_rollout(model, predictions);
 
 # %% [markdown] tags=["caption"]
-# **Figure 14.** The first test image of eight classes, and attention rollout as in
+# **Figure 13.** The first test image of eight classes, and attention rollout as in
 # [Abnar and Zuidema, 2020](https://arxiv.org/abs/2005.00928): the weights of all
 # blocks, as means over heads and with the residual connections, multiplied up from the
 # class token to each patch, relative to the largest.
@@ -864,7 +817,7 @@ def verify(history, predictions):
 # scattered in others. -->
 
 # %% [markdown]
-# Rollout (Figure 14) is bright on the object in some images only. It follows the
+# Rollout (Figure 13) is bright on the object in some images only. It follows the
 # attention weights and not what the values carry. So it shows from where information
 # could reach the class token, and does not prove that it did.
 

@@ -109,7 +109,7 @@ def execute(notebook, name, timeout=CELL_SECONDS):
         why = "the kernel died, perhaps for lack of memory, or does not answer"
         cause = error
     else:
-        notebook.metadata["provenance"] = _provenance()
+        notebook.metadata["provenance"] = _where_and_when()
         return
     found = re.findall(rf"Cell In\[{cell.execution_count}\], line (\d+)", traceback)
     line = int(found[-1]) if found else 1
@@ -119,7 +119,7 @@ def execute(notebook, name, timeout=CELL_SECONDS):
     ) from cause
 
 
-def _provenance():
+def _where_and_when():
     now = datetime.datetime.now(datetime.timezone.utc)
     return {
         "executed": now.isoformat(" ", "minutes").replace("+00:00", " UTC"),

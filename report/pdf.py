@@ -96,7 +96,7 @@ def _facts(submission, notebooks):
         "draft": who.is_placeholder,
         "demo": submission.demo,
         "date": [int(part) for part in latest.split("-")],
-        "provenance": origin(submission),
+        "provenance": origin(submission, notebooks),
         "points": points(notebooks, submission.history),
     }
 

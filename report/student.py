@@ -32,7 +32,7 @@ class Student:
 
     @property
     def is_placeholder(self):
-        """Whether surname or number are still those that the file came with."""
+        """Whether surname or number is still the placeholder."""
         return (
             self.surname == PLACEHOLDERS[0]
             or self.matriculation_number == PLACEHOLDERS[2]

@@ -8,7 +8,6 @@ from pathlib import Path
 from torchvision.datasets import CIFAR10
 
 from dataset import ARCHIVE_MD5, is_present
-from report.notebooks import read_notebook
 from report.sync import edited_since, provenance
 from training import (
     HISTORY_NAME,
@@ -70,11 +69,10 @@ def points(notebooks, history):
     return rows
 
 
-def origin(submission):
+def origin(submission, notebooks):
     """Return the rows of the first page on what was made where and when."""
     rows = []
-    for path in submission.notebooks:
-        notebook = read_notebook(path)
+    for path, notebook in zip(submission.notebooks, notebooks, strict=True):
         facts = provenance(notebook)
         how = "it is not known when it was executed"
         if "executed" in facts:

@@ -59,7 +59,7 @@ def test_the_skeleton_s_order_is_kept():
         "class FeedForwardBlock",
         "class SelfAttentionTransformerBlock",
         "class VisionTransformer",
-        "run_unit_tests(*UNIT_TESTS)",
+        "run_unit_tests(",
         "N_EPOCHS = 50",
         "def train(",
         "figures.plot_training(",
