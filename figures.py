@@ -582,7 +582,7 @@ def plot_position_similarity(model, history):
     )
     likeness = torch.cosine_similarity(trained.flatten(), initial.flatten(), dim=0)
     titles = (
-        f"trained (cosine with the initial values {likeness:.2f})",
+        f"trained (cosine with the initial values {likeness:.4f})",
         "changed by training",
     )
     figure, axes = _panels(2.8)

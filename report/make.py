@@ -255,7 +255,7 @@ def usage():
             print(f"  {name:<11}{what}")
         print()
     for name, (commands, what) in OPTIONS.items():
-        print(f"  {name:<15}{', '.join(commands) or 'all commands'}: {what}")
+        print(f"  {name:<15}{', '.join(commands or ['all commands'])}: {what}")
 
 
 def main(arguments):

@@ -15,6 +15,7 @@ import torch
 import report.demo_data
 import training
 import vision_transformer
+from report import notebooks
 from report.build import Submission
 from report.pdf import make_pdf
 from report.student import check_student
@@ -79,23 +80,17 @@ def workplace(tmp_path, monkeypatch):
 STUDENT = check_student("Müller-Lüdenscheidt", "Anna María", "12345678")
 
 
-def copy_project(folder):
+def copy_project(folder, *left_out):
     """Copy the project, without data and build products; return the folder."""
     folder.mkdir()
     for path in ROOT.iterdir():
         if path.suffix in (".py", ".ipynb", ".toml") or path.name == "Makefile":
             shutil.copy(path, folder)
-    ignored = shutil.ignore_patterns("*.pdf", "__pycache__")
+    ignored = shutil.ignore_patterns("*.pdf", "__pycache__", *left_out)
     (folder / training.FORMER).parent.mkdir(parents=True)
     shutil.copy(ROOT / training.FORMER, folder / training.FORMER)
     shutil.copytree(ROOT / "report", folder / "report", ignore=ignored)
     return folder
-
-
-@pytest.fixture
-def project(tmp_path):
-    """A copy of the project in a folder with spaces and umlauts."""
-    return copy_project(tmp_path / "Übung 11 ä")
 
 
 @pytest.fixture(scope="session")
@@ -106,6 +101,30 @@ def reported(tmp_path_factory):
         patch.chdir(folder)
         make_pdf(Submission.of(training.RECORD, STUDENT))
     return folder
+
+
+@pytest.fixture
+def project(reported, tmp_path, monkeypatch):
+    """A copy of it, in a folder with spaces and umlauts, as the working directory."""
+    folder = shutil.copytree(reported, tmp_path / "Übung 11 ä")
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.fixture
+def executed(monkeypatch):
+    """The names of the notebooks that were to be executed, which takes too long."""
+    names = []
+
+    def execute(notebook, name):
+        names.append(name)
+        notebook.metadata["provenance"] = notebooks._where_and_when()
+        for cell in notebook.cells:
+            if cell.cell_type == "code":
+                cell.execution_count = 1
+
+    monkeypatch.setattr(notebooks, "execute", execute)
+    return names
 
 
 @pytest.fixture(scope="session")

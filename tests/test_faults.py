@@ -4,7 +4,6 @@ Each test belongs to a row of the table that `make faults` prints. Tests marked 
 run there only; the rest runs in `make test`, too. Other files hold further rows.
 """
 
-import contextlib
 import copy
 import io
 import json
@@ -26,8 +25,7 @@ from small_run import alive, small_model
 from test_training import FOLDER, go_on, load
 
 import training
-import vision_transformer
-from attention import SelfAttention, SelfAttention2d
+from attention import SelfAttention2d
 from training import UserError
 from vision_transformer import FeedForwardBlock, SelfAttentionTransformerBlock
 
@@ -38,7 +36,12 @@ posix = pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals or li
 
 # --- The training process is killed ---------------------------------------------------
 
-STAGES = ("half-written", "before writing", "before moving", "after moving")
+# One process after another, each killed at one of these; see `small_run`
+MOMENTS = [
+    ("half-written", 3),
+    *(("step", 3), ("before writing", 2), ("before moving", 3)),
+    *(("after moving", 2), ("step", 8)),
+]
 
 
 def start_training(folder, stage="never", number=0, epochs=5):
@@ -68,45 +71,25 @@ def record_in(folder):
     return training.read_history(run), (run / training.WEIGHTS_NAME).read_bytes()
 
 
-def survive(uninterrupted, folder, moments):
-    """Kill a run at moment after moment, and compare what comes of it in the end."""
-    expected, weights = uninterrupted
-    kills = 0
-    for stage, number in [*moments, ("never", 0)]:
-        with start_training(folder, stage, number) as process:
-            code = process.wait(timeout=120)
-        assert code in (0, -signal.SIGKILL)
-        kills += code != 0
-    history, content = record_in(folder)
-    for key in ("train_losses", "val_accs", "val_accs_eval", "probe_logits"):
-        assert history[key] == expected[key], key
-    assert content == weights, "bit for bit"
-    return kills
-
-
 @posix
 @fault("training killed (SIGKILL)")
 @pytest.mark.parametrize(
-    "stage", [STAGES[0], *(pytest.param(stage, marks=slow) for stage in STAGES[1:])]
+    "moments", [MOMENTS[:1], pytest.param(MOMENTS[1:], marks=slow)]
 )
-def test_killed_while_a_checkpoint_is_written(uninterrupted, tmp_path, stage):
-    assert survive(uninterrupted, tmp_path, [(stage, 3)]) == 1
-
-
-@posix
-@slow
-@fault("training killed (SIGKILL)")
-@pytest.mark.parametrize("seed", range(5))
-def test_killed_again_and_again(uninterrupted, tmp_path, seed, record_property):
-    draw = random.Random(seed)
-    moments = [
-        ("step", draw.randint(1, 6)),
-        (draw.choice(STAGES), draw.randint(1, 2)),
-        ("step", draw.randint(1, 5)),
-    ]
-    kills = survive(uninterrupted, tmp_path, moments)
-    record_property("cases", kills)
-    assert kills >= 3
+def test_a_run_that_was_killed_ends_as_one_that_was_not(
+    uninterrupted, tmp_path, moments, record_property
+):
+    for stage, number in moments:
+        with start_training(tmp_path, stage, number) as process:
+            assert process.wait(timeout=120) == -signal.SIGKILL
+    with start_training(tmp_path) as process:
+        assert process.wait(timeout=120) == 0
+    expected, weights = uninterrupted
+    history, content = record_in(tmp_path)
+    for key in ("train_losses", "val_accs", "val_accs_eval", "probe_logits"):
+        assert history[key] == expected[key], key
+    assert content == weights, "bit for bit"
+    record_property("cases", len(moments))
 
 
 # --- Ctrl-C ---------------------------------------------------------------------------
@@ -114,9 +97,7 @@ def test_killed_again_and_again(uninterrupted, tmp_path, seed, record_property):
 
 @posix
 @fault("Ctrl-C")
-@pytest.mark.parametrize(
-    "seconds", [0.0, *(pytest.param(s / 10, marks=slow) for s in range(1, 10))]
-)
+@pytest.mark.parametrize("seconds", [0.0, pytest.param(0.5, marks=slow)])
 def test_ctrl_c_in_a_terminal_says_how_to_go_on(workplace, seconds):
     with start_training(workplace, epochs=1000) as process:
         for line in process.stdout:
@@ -179,39 +160,31 @@ def test_interrupting_a_notebook_says_how_to_go_on(workplace):
     manager, client = start_new_kernel(kernel_name="python3", cwd=str(workplace))
     shown = []
 
-    def run_cell(interrupt_at=None):
-        def note(message):
-            content = message["content"]
-            shown.append(str(content.get("text") or content.get("evalue") or ""))
-            if interrupt_at and interrupt_at in shown[-1]:
-                manager.interrupt_kernel()
-
-        reply = client.execute_interactive(TRAIN_CELL, output_hook=note, timeout=120)
-        return reply["content"]
+    def note(message):
+        shown.append(str(message["content"].get("text")))
+        if "epoch   2" in shown[-1]:
+            manager.interrupt_kernel()
 
     try:
-        assert run_cell(interrupt_at="epoch   2")["ename"] == "KeyboardInterrupt"
-        assert "are saved in build" in "".join(shown)
-        shown.clear()
-        assert run_cell()["status"] == "ok"
-        assert "The run continues after epoch" in "".join(shown)
+        reply = client.execute_interactive(TRAIN_CELL, output_hook=note, timeout=120)
     finally:
         client.stop_channels()
         manager.shutdown_kernel(now=True)
+    assert reply["content"]["ename"] == "KeyboardInterrupt"
+    assert "are saved in build" in "".join(shown)
 
 
 # --- Damaged, foreign and old files ---------------------------------------------------
 
 PNG = b"\x89PNG\r\n\x1a\n" + bytes(100)
-AMOUNT = [pytest.param(4, 20, id="some"), pytest.param(20, 200, id="all", marks=slow)]
 
 
-def damages(content, lengths, flips):
+def damages(content):
     """Return foreign files, a file cut to some lengths, and with single bits turned."""
     draw = random.Random(0)
     damaged = [b"", PNG, b"{}", b"PK\x03\x04", b"\xff" * 64]
-    damaged += [content[: draw.randrange(len(content))] for _ in range(lengths)]
-    for _ in range(flips):
+    damaged += [content[: draw.randrange(len(content))] for _ in range(4)]
+    for _ in range(20):
         # Half of them in the header, which is a small part of the file
         end = draw.choice([2000, len(content)])
         flipped = bytearray(content)
@@ -220,44 +193,32 @@ def damages(content, lengths, flips):
     return damaged
 
 
-@pytest.fixture
-def two_checkpoints(workplace):
-    """The path of the last of two checkpoints, of a run after two of three epochs."""
-    return go_on(small_model(), n_epochs=3, stop_after=2).checkpoint.path
-
-
 @fault("damaged checkpoint or record")
-@pytest.mark.parametrize(("lengths", "flips"), AMOUNT)
-def test_a_damaged_checkpoint_is_never_trusted(
-    two_checkpoints, lengths, flips, record_property
-):
-    good = two_checkpoints.read_bytes()
-    checkpoint = training.Checkpoint(FOLDER)
+def test_a_damaged_checkpoint_is_never_trusted(workplace, record_property):
+    checkpoint = go_on(small_model(), n_epochs=3, stop_after=2).checkpoint
+    good = checkpoint.path.read_bytes()
     whole = checkpoint.load()
-    cases = damages(good, lengths, flips)
+    cases = damages(good)
     for content in cases:
-        two_checkpoints.write_bytes(content)
+        checkpoint.path.write_bytes(content)
         state = checkpoint.load()
         if len(state["history"]["val_accs"]) == 2:  # the bit was in the padding
             torch.testing.assert_close(state, whole, rtol=0, atol=0)
         else:
             assert len(state["history"]["val_accs"]) == 1, "the one before"
-            assert not two_checkpoints.exists()
+            assert not checkpoint.path.exists()
     record_property("cases", len(cases))
-    two_checkpoints.write_bytes(b"")
+    checkpoint.path.write_bytes(b"")
     checkpoint.previous.write_bytes(good[:-1])
     assert checkpoint.load() is None, "both are damaged: from the beginning"
 
 
 @fault("damaged checkpoint or record")
 @pytest.mark.parametrize("name", [training.HISTORY_NAME, training.WEIGHTS_NAME])
-@pytest.mark.parametrize(("lengths", "flips"), AMOUNT)
-def test_a_damaged_record_is_never_trusted(
-    workplace, name, lengths, flips, record_property
-):
+def test_a_damaged_record_is_never_trusted(workplace, name, record_property):
     run = go_on(small_model())
     path = run.folder / name
-    cases = damages(path.read_bytes(), lengths, flips)
+    cases = damages(path.read_bytes())
     for content in cases:
         path.write_bytes(content)
         try:
@@ -271,14 +232,8 @@ def test_a_damaged_record_is_never_trusted(
 
 
 @fault("damaged checkpoint or record")
-def test_older_formats_are_named(two_checkpoints):
-    state = torch.load(two_checkpoints, weights_only=True)
-    del state["history"]["format"]
-    torch.save(state, two_checkpoints)
-    with pytest.raises(UserError, match="format = None, not 2"):
-        go_on(small_model(), n_epochs=3)
-    assert two_checkpoints.is_file(), "nothing is deleted"
-    history = {**state["history"], "format": 0}
+def test_an_older_format_is_named(workplace):
+    history = {**go_on(small_model()).history, "format": 0}
     (FOLDER / training.HISTORY_NAME).write_text(json.dumps(history), encoding="utf-8")
     with pytest.raises(UserError, match="has format 0, and 2 is read"):
         load(small_model())
@@ -287,64 +242,12 @@ def test_older_formats_are_named(two_checkpoints):
 # --- Disk full, read-only, gone -------------------------------------------------------
 
 
-def in_child(function):
-    """Run a function in a forked process, whose limits and rights may be lowered."""
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        with contextlib.suppress(BaseException):
-            function()
-            code = 0
-        os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
-def fill_disk(folder):
-    import resource
-
-    resource.setrlimit(resource.RLIMIT_FSIZE, (99_999, 99_999))
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-
-
-def make_read_only(folder):
-    folder.chmod(0o555)
-    if os.geteuid() == 0:  # to whom nothing is read-only
-        os.setuid(65534)
-
-
-@posix
-@fault("disk full, read-only, gone")
-@pytest.mark.parametrize(
-    ("hinder", "said"),
-    [(fill_disk, "File too large"), (make_read_only, "Permission denied")],
-)
-def test_a_write_that_fails_costs_nothing_stored(tmp_path, hinder, said):
-    path = tmp_path / "file"
-    for parent in [tmp_path, *tmp_path.parents][:3]:
-        parent.chmod(0o755)
-    training.write_whole(path, b"old")
-
-    def write():
-        hinder(tmp_path)
-        with pytest.raises(UserError, match=f"could not be read or written .{said}"):
-            training.write_whole(path, bytes(100_000))
-
-    assert in_child(write) == 0
-    tmp_path.chmod(0o755)
-    assert path.read_bytes() == b"old"
-    assert only_files(tmp_path) == ["file"]
-
-
 @fault("disk full, read-only, gone")
 def test_something_else_in_the_place_of_a_run_is_named(workplace):
     FOLDER.write_bytes(b"mine")
     with pytest.raises(UserError, match="could not be read or written"):
         go_on(small_model())
     assert FOLDER.read_bytes() == b"mine"
-    FOLDER.unlink()
-    (FOLDER / training.CHECKPOINT_NAME).mkdir(parents=True)
-    with pytest.raises(UserError, match="could not be"):
-        go_on(small_model())
 
 
 @fault("disk full, read-only, gone")
@@ -364,31 +267,20 @@ def test_a_folder_that_vanishes_is_made_again(workplace, monkeypatch):
 
 zeros = torch.zeros
 attend = SelfAttention2d(16, 4, 4)
-sequence = SelfAttention(32, 4, 4, 2)
-feed = FeedForwardBlock(32, 48, 0.1)
 block = SelfAttentionTransformerBlock(32, 48, 4, 0.1)
 model = small_model()
 
 BAD_CALLS = [
     # What is wrong, and what the message must show of it
-    (lambda: SelfAttention2d(embed_dim=-16), "-16"),
     (lambda: attend(zeros(2, 16, 4)), r"\[2, 16, 4\]"),
     (lambda: attend(zeros(2, 15, 4, 4)), "15 != 16"),
-    (lambda: attend(zeros(2, 4, 4, 16)), "4 != 16"),
     (lambda: attend(zeros(2, 16, 4, 4).int()), "int"),
-    (lambda: sequence(zeros(2, 5, 31)), "10x31"),
-    (lambda: sequence(zeros(5, 32)), "2-dim"),
     (lambda: FeedForwardBlock(4, 4, 1.5), "1.5"),
-    (lambda: feed(zeros(2, 5, 33)), "10x33"),
     (lambda: SelfAttentionTransformerBlock(32, 48, 5, 0.1), "=32 .* n_heads=5"),
     (lambda: block(zeros(2, 5, 16)), r"\[2, 5, 16\]"),
     (lambda: small_model(patch_size=5), "image_size=32 .* patch_size=5"),
-    (lambda: small_model(hidden_size=30), "hidden_size=30 .* n_heads=4"),
-    (lambda: small_model(p_dropout=1.5), "1.5"),
     (lambda: model(zeros(2, 3, 32, 28)), "28 != 32"),
     (lambda: model(zeros(2, 1, 32, 32)), "1 != 3"),
-    (lambda: model(zeros(3, 32, 32)), r"\[3, 32, 32\]"),
-    (lambda: model(zeros(2, 3, 32, 32).byte()), "Byte"),
 ]
 
 
@@ -449,19 +341,11 @@ def x(module):
 
 
 @fault("numerics")
-@pytest.mark.parametrize("scale", [1e2, 1e4])
-def test_large_logits_stay_finite(scale):
-    layer, x = attention_layer(), grid(2, 32, 5, 6)
-    tokens = x.flatten(2).transpose(1, 2)
-    logits = layer.q(tokens) @ layer.k(tokens).mT
+def test_large_logits_stay_finite():
+    layer = attention_layer()
     with torch.no_grad():
-        layer.q.weight.mul_(scale / logits.abs().max())
-    out, gradient, _ = both(layer, x)
-    assert out.isfinite().all()
-    assert gradient.isfinite().all()
-    exact = copy.deepcopy(layer).double()(x.double())
-    # The logits are rounded to 24 bits, and that error is what exp() sees
-    torch.testing.assert_close(out.double(), exact, rtol=0, atol=scale * 1e-6)
+        layer.q.weight.mul_(1e5)
+    assert all(value.isfinite().all() for value in both(layer, grid(2, 32, 5, 6)))
 
 
 @fault("numerics")
@@ -481,13 +365,6 @@ def test_autocast(module, x):
 
 
 @fault("numerics")
-@pytest.mark.parametrize("side", [1, pytest.param(64, marks=slow)])
-def test_one_token_and_many(side):
-    layer, x = attention_layer(), grid(1, 32, side, side)
-    assert_close(both(layer, x), exactly(layer, x), 1e-5)
-
-
-@fault("numerics")
 def test_any_memory_layout(module, x):
     exact = exactly(module, x)
     for view in (
@@ -499,33 +376,14 @@ def test_any_memory_layout(module, x):
         assert_close(both(module, view), exact, 1e-5)
 
 
-COMPILERS = ["aot_eager", *(pytest.param(c, marks=slow) for c in ("eager", "inductor"))]
-
-
 @fault("numerics")
-@pytest.mark.parametrize("backend", COMPILERS)
-def test_torch_compile(module, x, backend):
-    if backend == "inductor" and not shutil.which("g++"):
-        pytest.skip("inductor needs a C++ compiler")
+def test_torch_compile(module, x):
     torch._dynamo.reset()
-    compiled = torch.compile(copy.deepcopy(module), backend=backend)
+    compiled = torch.compile(copy.deepcopy(module), backend="aot_eager")
     for value, expected in zip(both(compiled, x), both(module, x), strict=True):
         torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-5)
     # Dropout draws other numbers; the model must still run and learn
     assert all(value.isfinite().all() for value in both(compiled.train(), x))
-
-
-@fault("numerics")
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_dropout_keeps_the_type(dtype):
-    torch.manual_seed(0)
-    x = torch.ones(1000, 100, dtype=dtype, requires_grad=True)
-    y = vision_transformer.Dropout(0.2)(x)
-    y.sum().backward()
-    assert y.dtype == dtype
-    assert torch.equal(y.detach(), x.grad), "the mask acts on the gradient alike"
-    assert set(y.unique().tolist()) == {0, 1.25}
-    assert abs((y == 0).double().mean().item() - 0.2) < 0.01
 
 
 # --- Other Pythons --------------------------------------------------------------------
@@ -546,27 +404,17 @@ def _works(python):
 
 @fault("Python and torch versions")
 @pytest.mark.parametrize("python", interpreters(), ids=os.path.basename)
-def test_the_graded_files_compile(python, tmp_path):
-    for name in ("attention.py", "vision_transformer.py"):
-        code = f"compile(open({str(ROOT / name)!r}, 'rb').read(), 'x', 'exec')"
-        subprocess.run([python, "-c", code], check=True, cwd=tmp_path)
+def test_the_graded_files_compile_and_pass_their_tests(python, tmp_path):
+    def run(*arguments):
+        command = [python, *arguments]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
 
-
-@slow
-@fault("Python and torch versions")
-@pytest.mark.parametrize("python", interpreters(), ids=os.path.basename)
-def test_the_graded_files_pass_their_tests(python, tmp_path):
-    code = "import torch, torchvision, einops"
-    if subprocess.run([python, "-c", code], capture_output=True).returncode:
-        pytest.skip("without torch, torchvision and einops")
-    for name in ("attention.py", "vision_transformer.py"):
-        shutil.copy(ROOT / name, tmp_path)
+    has_torch = not run("-c", "import torch, torchvision, einops").returncode
     for name, tests in (("attention.py", 2), ("vision_transformer.py", 6)):
-        done = subprocess.run(
-            [python, name], cwd=tmp_path, capture_output=True, encoding="utf-8"
-        )
+        shutil.copy(ROOT / name, tmp_path)
+        done = run(name) if has_torch else run("-m", "py_compile", name)
         assert done.returncode == 0, done.stderr
-        assert done.stdout.count("passed  ") == tests
+        assert done.stdout.count("passed  ") == tests * has_torch
 
 
 # --- Hostile files --------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import ROOT, assert_same_weights, run_script
+from conftest import assert_same_weights
 from small_run import alive, counted, small_model
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
@@ -73,13 +73,10 @@ def test_the_recipe_is_computed_bit_for_bit(demo_data, workplace):
     assert len(losses) == 2 * (100 // BATCH_SIZE)
 
 
-def test_predictions_disturb_nothing_and_are_without_dropout(demo_data):
+def test_predictions_are_without_dropout(demo_data):
     model = alive(small_model(p_dropout=0.9))
     _, loader = vision_transformer.make_loaders("data", BATCH_SIZE)
-    state = torch.get_rng_state()
     logits, labels = vision_transformer.predict(model, loader, CPU)
-    assert torch.equal(torch.get_rng_state(), state)
-    assert model.training
     assert labels.tolist() == loader.dataset.targets
     with torch.no_grad():
         images = torch.cat([images for images, _ in loader])
@@ -118,19 +115,6 @@ def test_a_finished_run_is_loaded_not_repeated(demo_data, workplace, monkeypatch
     again, same = vision_transformer.train_run(settings(1), "data", CPU)
     assert same == history
     assert_same_weights(again, model)
-    torch.manual_seed(0)
-    assert not torch.equal(again.head.weight, small_model().head.weight), "it learned"
-
-
-def test_history_says_what_the_run_was(demo_data, workplace):
-    history, _, run = train(n_epochs=1)
-    assert training.read_history(run.folder) == history
-    assert 0 <= history["val_accs"][0] <= 1
-    assert set(history["drops_out"].values()) == {0.2}
-    branch = "blocks.0.feed_forward.inner_module.1.layers"
-    assert history["begins"][f"{branch}.3.weight"] == 0, "as it was before training"
-    assert history["begins"][f"{branch}.0.weight"] > 0.1
-    assert history["versions"]["torch"] == torch.__version__
 
 
 def test_default_parameters_are_the_recipe():
@@ -141,28 +125,11 @@ def test_default_parameters_are_the_recipe():
     assert training.PRESETS["default"] == {"dataset": "CIFAR10", **given, "seed": 0}
 
 
-SPAWNED = f"""
-import sys
-sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
-import torch, training, small_run, vision_transformer
-
-if __name__ == "__main__":
-    torch.multiprocessing.set_start_method("spawn")
-    torch.set_num_threads(1)
-    small_run.use_few_generated_images()
-    loaders = vision_transformer.make_loaders("data", 16)
-    for loader, number in zip(loaders, (1, 0)):
+def test_training_works_where_workers_are_spawned(demo_data, workplace):
+    loaders = vision_transformer.make_loaders("data", BATCH_SIZE)
+    for loader, number in zip(loaders, (1, 0), strict=True):
         loader.num_workers = number  # each of them loads torch again
-    run, cpu = training.Run({{"seed": 0}}), torch.device("cpu")
-    model = small_run.small_model()
-    history = vision_transformer.train(model, *loaders, 1e-3, 1, cpu, run)
-    print(len(history["train_losses"]), "losses")
-"""
-
-
-def test_training_works_where_workers_are_spawned(workplace):
-    script = workplace / "train spawned.py"
-    script.write_text(SPAWNED, encoding="utf-8")
-    done = run_script(script, folder=workplace, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "6 losses"
+    loaders[0].multiprocessing_context = "spawn"  # as on Windows and macOS
+    run = training.Run(settings(n_epochs=1))
+    history = vision_transformer.train(small_model(), *loaders, LR, 1, CPU, run)
+    assert len(history["train_losses"]) == 100 // BATCH_SIZE

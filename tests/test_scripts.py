@@ -80,7 +80,6 @@ def test_nothing_ready_made_is_used(name):
     [
         (["--epochs", "0"], "invalid positive int value: '0'"),
         (["--lr", "nan"], "invalid positive float value: 'nan'"),
-        (["--preset", "fast"], "invalid choice: 'fast'"),
     ],
 )
 def test_bad_arguments_are_refused(arguments, said, capsys):

@@ -12,37 +12,23 @@ pytestmark = pytest.mark.fault("identity")
 KEPT = [
     ("Müller", "Müller"),
     ("Mu\u0308ller", "Müller"),  # NFD
-    ("Straße", "Straße"),
-    ("Ö", "Ö"),
     ("von der Leyen", "von-der-Leyen"),
     ("  Meier  ", "Meier"),
     ("Иванов", "Иванов"),
-    ("王", "王"),
-    ("محمد", "محمد"),
-    ("כהן", "כהן"),
     ("शर्मा", "शर्मा"),
     ("a" * 120, "a" * 120),
 ]
 REFUSED = [
     ("O'Brien", "OBrien"),
     ("O’Brien", "OBrien"),  # noqa: RUF001
-    ("Meier/Huber", "Meier-Huber"),
     ("../Meier", "Meier"),
-    ("..", None),
     ("", None),
-    ("-", None),
     ("-Meier-", "Meier"),
     ("Meier--Huber", "Meier-Huber"),
-    ("Meier_Huber", "Meier-Huber"),
-    ("Dr. Meier", "Dr-Meier"),
     ("$(touch x)", "touch-x"),
-    ("Meier\x00", "Meier"),
     ("Meier\x1b[31m", "Meier-m"),
     ("Meier\u202e", "Meier"),  # right-to-left override
-    ("Me\u200dier", "Meier"),  # zero-width joiner
     ("Meier😀", "Meier"),
-    ("Meier2", "Meier"),
-    ("C:Meier", "C-Meier"),
     ("\u0308Meier", "Meier"),  # a diaeresis on nothing
     ("a" * 300, None),
 ]

@@ -68,13 +68,10 @@ def model_of(**sizes):
     return alive(small_model(**sizes)).double().eval()
 
 
-@pytest.fixture
-def odd_model():
+def test_agrees_with_a_plain_float64_reference():
     sizes = {"in_channels": 2, "patch_size": 3, "image_size": 12, "num_classes": 7}
-    return model_of(**sizes, layers=3, hidden_size=20, mlp_size=28, n_heads=5)
-
-
-def test_agrees_with_a_plain_float64_reference(odd_model):
+    sizes |= {"layers": 3, "hidden_size": 20, "mlp_size": 28, "n_heads": 5}
+    odd_model = model_of(**sizes)
     x = torch.randn(3, 2, 12, 12, dtype=torch.float64)
     ours, theirs = odd_model(x), reference(odd_model, x, n_heads=5)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
@@ -113,12 +110,23 @@ def test_positions_start_as_standard_normal_and_blocks_as_the_identity():
         assert torch.equal(block(tokens), tokens)
 
 
-@pytest.mark.parametrize("p", [0.0, 0.1, 0.2, 0.5, 0.9, 1 - 1e-9, 1.0])
-def test_dropout_keeps_the_mean_and_drops_the_share(p):
+SHARES = (0.0, 0.1, 0.2, 0.5, 0.9, 1 - 1e-9, 1.0)
+OTHER_TYPES = (torch.float16, torch.bfloat16, torch.float64)
+
+
+@pytest.mark.fault("numerics")
+@pytest.mark.parametrize(
+    ("p", "dtype"),
+    [*((p, torch.float32) for p in SHARES), *((0.2, kind) for kind in OTHER_TYPES)],
+)
+def test_dropout_keeps_the_mean_and_the_type_and_drops_the_share(p, dtype):
     torch.manual_seed(0)
     dropout = FeedForwardBlock(8, 8, p).layers[2].train()
-    x = torch.ones(1000, 1000)
+    x = torch.ones(1000, 1000, dtype=dtype, requires_grad=True)
     y = dropout(x)
+    y.sum().backward()
+    assert torch.equal(y, x.grad), "the mask acts on the gradient alike"
+    assert y.dtype == dtype
     kept = (y != 0).double().mean().item()
     sigma = math.sqrt(p * (1 - p) / x.numel())
     assert abs(kept - (1 - p)) <= 5 * sigma
