@@ -233,10 +233,10 @@ if __name__ == "__main__":
 # $$\operatorname{Var}(q \cdot k) = \sum_{i=1}^{d_k} \operatorname{Var}(q_i k_i) = d_k$$
 #
 # Without the division the logits grow with the size of the heads, the softmax
-# approaches an argmax, and hardly any gradient passes through it. Figure 1 measures, for
+# approaches an argmax, and hardly any gradient passes through it. Figure 1 shows, for
 # random queries and keys, how far the logits scatter, and how far a row of attention
-# weights spreads: its entropy $-\sum_j w_j \ln w_j$ is $\ln L$ when all $L$ tokens have
-# the same weight, and 0 when one token has all of it.
+# weights spreads. The spread is the entropy $-\sum_j w_j \ln w_j$: it is $\ln L$ when
+# all $L$ tokens have the same weight, and 0 when one token has all of it.
 
 # %% tags=["active-ipynb", "appendix"]
 # figures.plot_scaling(head_dims=[4, 16, 64, 256, 1024]);

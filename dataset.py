@@ -66,8 +66,8 @@ def fetch(dataset, cache_dir, sources=SOURCES):
             extract_archive(str(archive), str(cache_dir))
         except OSError as error:
             raise UserError(
-                f"{archive} could not be unpacked ({error}): make room, and type the "
-                "same command again"
+                f"{archive} could not be unpacked ({error}): make room, or the folder "
+                "writable, and type the same command again"
             ) from error
         return
     lines = "\n".join(f"  {line}" for line in tried)

@@ -1,7 +1,7 @@
 """Everything that is measured or drawn for the notebooks, in one style.
 
-A ``plot_...`` function returns a figure, a ``print_...`` function prints a table. Where
-the model or its predictions are missing (None), either says so in one line instead.
+A ``plot_...`` function returns a figure. Where the model or its predictions are missing
+(None), it says so in one line instead.
 """
 
 import functools
@@ -333,7 +333,7 @@ def plot_architecture(model):
 
 
 def print_costs(model):
-    """Print the parameters of a model and of its parts, and the operations they cost.
+    """Print the parameters of a model and of some parts, and what operations they cost.
 
     Operations are those of the matrix products for one image; a multiplication and an
     addition count as two.
@@ -344,7 +344,7 @@ def print_costs(model):
         model(image)
     last = f"blocks.{len(model.blocks) - 1}"
     print(f"{'part':<18}{'parameters':>12}{'operations per image':>24}")
-    for name in ("patch_embedding", "blocks.0", last, "head", ""):
+    for name in dict.fromkeys(("patch_embedding", "blocks.0", last, "head", "")):
         parameters = sum(p.numel() for p in model.get_submodule(name).parameters())
         path = ".".join(filter(None, (type(model).__name__, name)))
         millions = sum(counter.get_flop_counts()[path].values()) / 1e6
@@ -396,11 +396,10 @@ def plot_training(history):
     window = len(losses) // n_epochs
     figure, (left, right) = _panels(2.6)
     left.plot(losses, color=SKY, linewidth=0.5, label="one step", rasterized=True)
-    mean = np.convolve(losses, np.full(window, 1 / window), "valid")
-    steps = range(window - 1, len(losses))
-    left.plot(steps, mean, color=BLUE, label=f"mean of {window} steps")
     ends = window * np.arange(1, n_epochs + 1)
-    left.plot(ends, history["val_losses_eval"], "--", color=YELLOW, label="validation")
+    mean = np.reshape(losses, (n_epochs, window)).mean(axis=1)
+    left.plot(ends, mean, ".-", color=BLUE, label="mean of an epoch")
+    left.plot(ends, history["val_losses_eval"], ".--", color=YELLOW, label="validation")
     left.set(xlabel="training step", ylabel="cross-entropy / nats", ylim=(0, None))
 
     epochs = range(1, n_epochs + 1)

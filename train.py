@@ -61,11 +61,10 @@ def main(arguments=None):
     try:
         if given.verify:
             model = vt.VisionTransformer().to(device)
-            kind = {"dataset": vt.CIFAR10.__name__}  # no demo, which cannot be verified
             if given.run:
                 training.read_history(given.run)  # not one that lies beside
             folder = given.run or training.RECORD
-            model, history = training.load_record(folder, kind, model)
+            model, history = training.load_record(folder, {}, model)
             if model is not None:
                 dataset.fetch(vt.CIFAR10, given.cache_dir)
         else:

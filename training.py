@@ -227,14 +227,14 @@ def _history_digest(history):
 def read_history(folder):
     """Return the history of the finished run in a folder, a dict.
 
-    First the settings of the run. ``train_losses``, of every step, and
-    ``val_losses_eval`` are cross-entropies in nats. ``val_accs`` are accuracies in
-    [0, 1] as the recipe measures them; names that end in ``_eval`` were measured with
-    ``model.eval()``; all of them, and ``epoch_seconds`` (with validation), are lists
-    with an entry for every epoch. ``begins`` and ``drops_out`` are the ``traits`` of
-    the model, ``probe_logits`` what ``probe`` returns; ``date`` is when the run ended,
-    UTC, ISO 8601. ``weights_sha256`` is the checksum of the weights file, ``sha256``
-    that of all the rest of the history.
+    It begins with the settings. ``train_losses`` has a cross-entropy in nats for every
+    step. ``val_accs``, accuracies in [0, 1] as the recipe measures them,
+    ``val_accs_eval`` and ``val_losses_eval``, in nats, both with ``model.eval()``, and
+    ``epoch_seconds``, with validation, have an entry for every epoch; ``seconds`` is
+    the sum of the last. ``begins`` and ``drops_out`` are the ``traits`` of the model,
+    ``probe_logits`` what ``probe`` returns; ``date`` is when the run ended, UTC, ISO
+    8601. ``weights_sha256`` is the checksum of the weights file, ``sha256`` that of all
+    the rest of the history.
     """
     path = Path(folder, HISTORY_NAME)
     advice = "restore it, or train the run in another folder"

@@ -39,7 +39,7 @@ NAMED = ("report", "zip", "demo")  # show a name
 OPTIONS = {
     "SURNAME": (NAMED, "instead of the one in report/student.toml"),
     "GIVEN_NAME": (NAMED, "likewise"),
-    "MATRICULATION": (NAMED, "likewise, the number"),
+    "MATRICULATION": (NAMED, "likewise, the matriculation number"),
     "RUN": (
         ("report", "zip", "notebooks", "train", "verify"),
         "folder of the run to show, to store or to validate",
@@ -74,7 +74,7 @@ def environment_folder():
 
 
 def ensure_environment():
-    """Make the environment, unless it is what is asked for; return its Python."""
+    """Make the environment when it is missing or outdated; return its Python."""
     if sys.version_info < (3, 10):  # noqa: UP036 - of whoever types the command
         fail(
             f"Python 3.10 or newer is needed, this is {platform.python_version()}: "
@@ -82,26 +82,34 @@ def ensure_environment():
         )
     folder = environment_folder()
     python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-    stamp = folder / "made-of.txt"
-    made_of = stamp.read_text(encoding="utf-8").split() if stamp.exists() else []
-    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    requirements = project.partition("[tool.")[0]
-    digest = hashlib.sha256(requirements.encode()).hexdigest()
-    build = asked_build() or (made_of[1:] or [usual_build()])[0]
-    if python.exists() and made_of == [digest, build]:
-        return python
-    if build == "cpu" and not answers(f"{CPU_INDEX}/torch/"):
-        print(f"{CPU_INDEX} does not answer: PyTorch comes with CUDA, 5 GB more.")
-        build = "cuda"
-        if python.exists() and made_of == [digest, build]:
-            return python
-    is_environment = (folder / "pyvenv.cfg").exists()
+    stamp = folder / "requirements.sha256"
+    requirements = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    wanted = hashlib.sha256(requirements.encode()).hexdigest()
+    is_broken = not python.exists()  # perhaps a Python that was upgraded
+    is_environment = python.exists() or (folder / "pyvenv.cfg").exists()
     if folder.exists() and any(folder.iterdir()) and not is_environment:
         fail(f"VENV={folder} holds something else: choose an empty folder")
+    is_made = stamp.exists() and stamp.read_text(encoding="utf-8") == wanted
+    is_made = is_made and not is_broken
+    build = asked_build()
+    is_other = bool(build) and not is_broken and build_of(python) != build
+    if is_made and not is_other:
+        return python
+    if not build and is_linux_pc() and not has_driver():
+        build = "cpu"
+    if build == "cpu" and not answers(f"{CPU_INDEX}/torch/"):
+        print(f"{CPU_INDEX} does not answer: PyTorch comes with CUDA, 5 GB more.")
+        build, is_other = "", False
+        if is_made:
+            return python
+    clear = ["--clear"] * (is_broken or is_other)
 
     print(f"Setting up {folder.name}: a few minutes, once.", flush=True)
     pip = [str(python), "-m", "pip", "--disable-pip-version-check", "install"]
-    set_up("the environment", [sys.executable, "-m", "venv", "--clear", str(folder)])
+    set_up(
+        "the environment",
+        [sys.executable, "-m", "venv", *clear, str(folder)],
+    )
     set_up("pip", [*pip, "--upgrade", "pip>=25.1"])  # the first to know --group
     if build == "cpu":
         torch = re.findall(r'"(torch(?:vision)?[<>=][^"]*)"', requirements)
@@ -113,24 +121,11 @@ def ensure_environment():
         "all other packages" if build == "cpu" else "all packages",
         [*pip, "--group", "test"],
     )
-    stamp.write_text(f"{digest} {build}", encoding="utf-8")
+    stamp.write_text(wanted, encoding="utf-8")
     return python
 
 
-def asked_build():
-    """Return the build of PyTorch that the user asked for: "cpu", "cuda" or ""."""
-    asked = [name for name in ("cpu", "cuda") if os.environ.get(name.upper()) == "1"]
-    if len(asked) > 1:
-        fail("CPU=1 and CUDA=1 exclude each other")
-    return asked[0] if asked and has_two_builds() else ""
-
-
-def usual_build():
-    """Return the build of PyTorch that this machine can use."""
-    return "cpu" if has_two_builds() and not has_driver() else "cuda"
-
-
-def has_two_builds():
+def is_linux_pc():
     """Return whether PyTorch comes in two builds for this machine."""
     return sys.platform == "linux" and platform.machine() == "x86_64"
 
@@ -139,6 +134,22 @@ def has_driver():
     """Return whether there is an NVIDIA driver."""
     path = Path("/proc/driver/nvidia/version")
     return path.exists() or shutil.which("nvidia-smi") is not None  # as in WSL
+
+
+def asked_build():
+    """Return the build of PyTorch that the user asked for: "cpu", "cuda" or ""."""
+    asked = [name for name in ("cpu", "cuda") if os.environ.get(name.upper()) == "1"]
+    if len(asked) > 1:
+        fail("CPU=1 and CUDA=1 exclude each other")
+    return asked[0] if asked and is_linux_pc() else ""
+
+
+def build_of(python):
+    """Return which build of PyTorch an environment holds: "cpu" or "cuda"."""
+    question = "from importlib.metadata import version; print(version('torch'))"
+    command = [str(python), "-c", question]
+    done = subprocess.run(command, capture_output=True, check=False)
+    return "cpu" if done.stdout.strip().endswith(b"+cpu") else "cuda"
 
 
 def answers(url):
@@ -196,7 +207,7 @@ def run_program(name):
     }
     if name == "bench":  # needs more than the rest
         pip = [python, "-m", "pip", "install", "--group", "bench"]
-        set_up("what it compares with", pip)
+        set_up("the other implementations", pip)
     for command in programs[name]:
         run(command)
 
@@ -289,10 +300,10 @@ def main(arguments):
     if name == "clean":
         clean()
     elif name == "setup":
-        if is_inside and asked_build():
-            fail("an environment cannot replace itself: `deactivate` first")
         if not is_inside:
             ensure_environment()
+        elif asked_build() not in ("", build_of(sys.executable)):
+            fail("an environment cannot replace itself: `deactivate` first")
         print(f"{environment_folder().name} is ready.")
     elif not is_inside:
         child = {**os.environ, "PYTHONUTF8": "1"}

@@ -113,7 +113,7 @@ def trials():
 
 
 def _beginning(final, epochs=20):
-    """Return the first epochs of a final, which are an ablation: all else is equal."""
+    """Return the first epochs of a final: settings and images are an ablation's."""
     lists = {key: value[:epochs] for key, value in final.items() if type(value) is list}
     return {**final, **lists, "group": "ablation", "epochs": epochs}
 
@@ -151,9 +151,10 @@ def _short_runs(runs):
         "**Table 1.** Short runs, by group, the best of each first: accuracy on held-"
         "out training images after the last epoch, or the mean over the last five if "
         "there are 20 or more, as the recipe measures it (dropout active) and in "
-        "evaluation mode (eval)" + ", as is the loss, if recorded" * has_loss + ". A "
-        "patch gain multiplies the initial weights of the patch embedding; the section "
-        "on trials explains the names. {#table-1}",
+        "evaluation mode (eval)" + ", as is the loss, if recorded" * has_loss + ". An "
+        "ablation named like a final is its first epochs, or repeats them with another "
+        "seed. A patch gain multiplies the initial weights of the patch embedding; the "
+        "section on trials explains the names. {#table-1}",
     )
 
 

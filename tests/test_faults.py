@@ -31,7 +31,7 @@ from vision_transformer import FeedForwardBlock, SelfAttentionTransformerBlock
 
 fault = pytest.mark.fault
 slow = pytest.mark.slow
-posix = pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals or limits")
+posix = pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
 
 
 # --- The training process is killed ---------------------------------------------------

@@ -429,46 +429,41 @@ def test_make_hands_values_on_as_they_were_typed(project):
     assert "'repot' is no command" in refused("repot")
 
 
-CPU_STEPS, CUDA_STEPS = (
-    ["venv --clear", "pip>", *index, "test"] for index in (["cpu"], [])
-)
-
-
 @pytest.mark.fault("setting up")
 @pytest.mark.parametrize(
-    ("made_of", "option", "driver", "index", "steps", "then"),
+    ("stamp", "holds", "options", "driver", "index", "steps"),
     [
-        ("wanted cuda", "", False, True, [], "cuda"),
-        ("wanted cuda", "CPU", False, True, CPU_STEPS, "cpu"),
-        ("wanted cuda", "CPU", False, False, [], "cuda"),
-        ("wanted cpu", "CPU", False, False, [], "cpu"),
-        ("wanted cpu", "CUDA", False, True, CUDA_STEPS, "cuda"),
-        ("wanted", "", True, True, CUDA_STEPS, "cuda"),
-        ("", "", True, True, CUDA_STEPS, "cuda"),
-        (None, "", False, True, CPU_STEPS, "cpu"),
-        (None, "", False, False, CUDA_STEPS, "cuda"),
-        ("other cpu", "", True, True, CPU_STEPS, "cpu"),
-        ("other cuda", "", False, True, CUDA_STEPS, "cuda"),
+        ("wanted", "cuda", "", False, True, []),
+        ("wanted", "cuda", "CPU", False, True, ["venv --clear", "pip>", "cpu", "test"]),
+        ("wanted", "cuda", "CPU", False, False, []),
+        ("wanted", "cpu", "CPU", False, True, []),
+        ("wanted", "cpu", "CUDA", False, True, ["venv --clear", "pip>", "test"]),
+        ("wanted", "cuda", "CUDA", False, True, []),
+        ("", "cuda", "", True, True, ["venv", "pip>", "test"]),
+        ("wanted", None, "", True, True, ["venv --clear", "pip>", "test"]),
+        ("other", "cuda", "", False, True, ["venv", "pip>", "cpu", "test"]),
+        ("other", "cuda", "", False, False, ["venv", "pip>", "test"]),
+        ("other", "cuda", "CUDA", False, True, ["venv", "pip>", "test"]),
     ],
 )
 def test_an_environment_is_made_when_it_is_not_what_is_asked_for(
-    tmp_path, monkeypatch, made_of, option, driver, index, steps, then
+    tmp_path, monkeypatch, capsys, stamp, holds, options, driver, index, steps
 ):
-    stamp, done = tmp_path / "made-of.txt", []
     python = tmp_path / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     python.parent.mkdir()
-    python.touch()
-    (tmp_path / "pyvenv.cfg").touch()
-    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    groups = project.partition("[tool.")[0]
-    wanted = make.hashlib.sha256(groups.encode()).hexdigest()
-    if made_of is not None:
-        stamp.write_text(made_of.replace("wanted", wanted), encoding="utf-8")
+    if holds:
+        python.touch()
+    else:  # as where the Python that it was made of is gone
+        (tmp_path / "pyvenv.cfg").touch()
+    wanted = make.hashlib.sha256((ROOT / "pyproject.toml").read_bytes()).hexdigest()
+    text = wanted if stamp == "wanted" else stamp
+    (tmp_path / "requirements.sha256").write_text(text, encoding="utf-8")
+    done = []
     monkeypatch.setenv("VENV", str(tmp_path))
     for name in ("CPU", "CUDA"):
-        monkeypatch.setenv(name, str(int(name == option)))
-    found = {"has_two_builds": True, "has_driver": driver, "answers": index}
-    for name, answer in found.items():
+        monkeypatch.setenv(name, str(int(name == options)))
+    found = {"is_linux_pc": True, "has_driver": driver, "answers": index}
+    for name, answer in {**found, "build_of": holds}.items():
         monkeypatch.setattr(make, name, lambda *_, answer=answer: answer)
     monkeypatch.setattr(
         make, "set_up", lambda _, command: done.append(" ".join(command))
@@ -477,10 +472,9 @@ def test_an_environment_is_made_when_it_is_not_what_is_asked_for(
     assert len(done) == len(steps)
     for command, step in zip(done, steps, strict=True):
         assert all(word in command for word in step.split())
-    assert stamp.read_text(encoding="utf-8") == f"{wanted} {then}"
-    (python if steps else stamp).unlink()
-    make.ensure_environment()
-    assert len(done) > len(steps), "without its Python, or unfinished"
+        assert ("--clear" in command) == ("--clear" in step)
+    assert ("does not answer" in capsys.readouterr().out) == (not index)
+    assert (tmp_path / "requirements.sha256").read_text(encoding="utf-8") == wanted
 
 
 @pytest.mark.fault("setting up")
