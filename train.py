@@ -64,7 +64,8 @@ def main(arguments=None):
             if given.run:
                 training.read_history(given.run)  # not one that lies beside
             folder = given.run or training.RECORD
-            model, history = training.load_record(folder, {}, model)
+            wanted = {"dataset": vt.CIFAR10.__name__}  # a demo's images are not here
+            model, history = training.load_record(folder, wanted, model)
             if model is not None:
                 dataset.fetch(vt.CIFAR10, given.cache_dir)
         else:

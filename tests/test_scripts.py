@@ -1,6 +1,7 @@
 """The graded files as a grader meets them: imported, run, read."""
 
 import ast
+import json
 import re
 import shutil
 import sys
@@ -93,6 +94,15 @@ def test_verify_without_a_record_says_so(workplace, capsys):
     said = capsys.readouterr().out
     assert re.match("error: .* there is no finished run", said)
     assert list(workplace.iterdir()) == []
+
+
+def test_verify_refuses_a_demo(workplace, capsys):
+    history = training.read_history(ROOT / "report" / "run")
+    history["dataset"] = "DemoCIFAR10"
+    history["sha256"] = training._history_digest(history)
+    (workplace / "history.json").write_text(json.dumps(history), encoding="utf-8")
+    assert train.main(["--verify", "--run", str(workplace)]) == 1
+    assert "dataset = 'DemoCIFAR10', not 'CIFAR10'" in capsys.readouterr().out
 
 
 def test_train_does_what_the_command_line_asks_for(workplace, monkeypatch, capsys):
