@@ -850,7 +850,8 @@ def verify(history, predictions):
 #   are added. With three seeds the model of this report ended at 54.4 to 55.6 % by the
 #   recipe, 55.0 % on average. No positions cost 7.5 points, one head 4.6; patches of 8
 #   pixels, full branches and paper dropout cost 3.4 to 3.6: far more than the seeds
-#   scatter. Block dropout (0.9 points) and no dropout (0.2) may differ by chance only.
+#   scatter. Block dropout (0.9 points), post-norm (0.5) and no dropout (0.2) may differ
+#   by chance only.
 #
 # Two facts weaken the choice by *final*. First, the mean over five epochs was made the
 # rule when three of the four finals were known; by the last epoch alone, zero branches
