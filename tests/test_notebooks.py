@@ -87,8 +87,9 @@ def test_a_failing_cell_is_named(source, line, said):
 
 
 CTRL_C = """
-import os, nbformat
+import os, signal, nbformat
 from report import notebooks
+signal.signal(2, signal.default_int_handler)  # which a job in the background ignores
 source = f"import os, time; os.kill({os.getpid()}, 2); time.sleep(60)"
 cells = [nbformat.v4.new_code_cell(source)]
 notebooks.execute(nbformat.v4.new_notebook(cells=cells), "x.ipynb", timeout=60)
