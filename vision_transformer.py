@@ -856,9 +856,8 @@ def verify(history, predictions):
 # Two facts weaken the choice by *final*. First, the mean over five epochs was made the
 # rule when three of the four finals were known; by the last epoch alone, zero branches
 # lead full ones by 1.8 points, and paper dropout leads the model of this report by 0.2.
-# Second, what prompted another look at the finals were test accuracies: after three
-# epochs of a default run, paper dropout was 2.1 points behind the earlier version by
-# the recipe.
+# Second, test accuracies prompted a second look at the finals: after three epochs of a
+# default run, paper dropout was 2.1 points behind the earlier version by the recipe.
 #
 # The shorter run has the best of these settings, and 13 epochs, fixed before any test
 # accuracy of it was seen. With three seeds (Table 2), it reached 70 % by the recipe
