@@ -109,9 +109,8 @@ class Dropout(nn.Dropout):
         numbers = torch.empty((x.numel() + 3) // 4, dtype=torch.int64)
         numbers.random_(-(2**63), None)  # all 64 bits, which decide four features
         draws = numbers.view(torch.int16)[: x.numel()].view(x.shape)
-        dropped = draws < of_65536 - 2**15
-        # Backward needs this mask only: one byte a feature
-        return (x / (1 - self.p)).masked_fill_(dropped, 0)
+        kept = draws >= of_65536 - 2**15  # all that backward needs: one byte a feature
+        return (x / (1 - self.p)).mul_(kept)
 
 
 # %% [markdown]
