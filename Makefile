@@ -1,7 +1,7 @@
 # Every target is a command of report/make.py, which also works without make:
 # `python report/make.py report` is `make report`.
 PYTHON ?= python3
-TARGETS := report test zip lab setup notebooks train verify demo faults bench clean
+TARGETS := report test zip lab setup train verify demo faults bench clean
 
 .PHONY: help $(TARGETS)
 help:

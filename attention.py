@@ -241,7 +241,7 @@ if __name__ == "__main__":
 # %% tags=["active-ipynb", "appendix"]
 # figures.plot_scaling(head_dims=[4, 16, 64, 256, 1024]);
 
-# %% [markdown] tags=["caption"]
+# %% [markdown]
 # **Figure 1.** Random queries and 64 random keys with and without the division by
 # $\sqrt{d_k}$: standard deviation of the logits (left) and mean entropy of the
 # attention weights of a query (right) against the size of a head.
@@ -267,7 +267,7 @@ if __name__ == "__main__":
 # %% tags=["active-ipynb", "appendix"]
 # figures.plot_attention_maps(queries=[(4, 4), (12, 9)], heads=[0, 1, 2]);
 
-# %% [markdown] tags=["caption"]
+# %% [markdown]
 # **Figure 2.** Where two tokens look. Left: the input, with the querying token marked
 # by a cross (top: in the disc, bottom: in the bar). Right: the attention weights that
 # three of the eight heads give to all 256 tokens of the grid.
@@ -294,7 +294,7 @@ if __name__ == "__main__":
 # %% tags=["active-ipynb", "appendix"]
 # figures.plot_cost(sides=[8, 16, 32, 48]);
 
-# %% [markdown] tags=["caption"]
+# %% [markdown]
 # **Figure 3.** Cost of `SelfAttention2d` with its defaults ($D = 256$) on one grid of
 # $L$ tokens. Left: counted operations of the projections and of the products $QK^T$ and
 # (weights) $V$. Right: memory kept for the backward pass, and time of a forward pass on

@@ -9,21 +9,24 @@ import json
 import math
 import time
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from einops import rearrange
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
+from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
 from attention import SelfAttention, SelfAttention2d
 from training import FORMER, describe, first_epoch_at
-from vision_transformer import VAL_TRANSFORM, VisionTransformer
+from vision_transformer import VAL_TRANSFORM, VisionTransformer, predict
 
 BLUE, ORANGE, SKY, YELLOW, GREY = "#0072B2", "#D55E00", "#56B4E9", "#E69F00", "0.45"
 WIDTH = 6.4  # inches, of the text in the report
 plt.rcParams["font.size"] = 9  # as the captions of the report
+plt.rcParams["svg.hashsalt"] = "figures"  # else the ids in an SVG are random
 
 
 def needs_results(function):
@@ -242,49 +245,26 @@ def plot_cost(sides):
 
 
 def architecture(model):
-    """Return the stages of a model as pairs of texts: what it does, and its shape.
-
-    The shapes are those of tensors caught on the way of an image through the model.
-    """
-    shapes = {}
-
-    def note(name):
-        def hook(_, inputs, output):
-            shapes[name] = tuple(inputs[0].shape[1:]), tuple(output.shape[1:])
-
-        return hook
-
-    watched = {"patches": model.patch_embedding, "block": model.blocks[0]}
-    watched |= {"last": model.blocks[-1], "norm": model.norm, "head": model.head}
-    hooks = [layer.register_forward_hook(note(n)) for n, layer in watched.items()]
-    size, channels = model.image_size, model.in_channels
-    with torch.no_grad():
-        model(torch.zeros(1, channels, size, size, device=model.head.weight.device))
-    for hook in hooks:
-        hook.remove()
-    layer = model.blocks[0].attention.inner_module[1]
+    """Return the stages of a model as pairs of texts: what it does, and its shape."""
+    p, size, channels = model.patch_size, model.image_size, model.in_channels
+    side, patches, dim = size // p, model.num_patches, model.head.in_features
+    heads = model.blocks[0].attention.inner_module[1].num_heads
     mlp = model.blocks[0].feed_forward.inner_module[1].layers[0].out_features
-    side, p = size // model.patch_size, model.patch_size
-    stages = [
-        ("image", (channels, size, size)),
+    return [
+        ("image", f"(B, {channels}, {size}, {size})"),
         (
             f"{side} x {side} patches of {p} x {p} pixels,\nrow by row",
-            shapes["patches"][0],
+            f"(B, {patches}, {p * p * channels})",
         ),
-        ("linear projection + positions", shapes["patches"][1]),
-        ("class token in front", shapes["block"][0]),
+        ("linear projection + positions", f"(B, {patches}, {dim})"),
+        ("class token in front", f"(B, {1 + patches}, {dim})"),
         (
             f"{len(model.blocks)} encoder blocks, each self-attention\n"
-            f"({layer.num_heads} heads) and MLP ({mlp} hidden features)",
-            shapes["block"][1],
-            shapes["last"][1],
+            f"({heads} heads) and MLP ({mlp} hidden features)",
+            f"(B, {1 + patches}, {dim}),\nlast (B, 1, {dim})",
         ),
-        ("layer norm of the class token", shapes["norm"][1]),
-        ("linear head: logits", shapes["head"][1]),
-    ]
-    return [
-        (text, ",\nlast ".join(f"({', '.join(['B', *map(str, s)])})" for s in each))
-        for text, *each in stages
+        ("layer norm of the class token", f"(B, {dim})"),
+        ("linear head: logits", f"(B, {model.head.out_features})"),
     ]
 
 
@@ -462,6 +442,43 @@ def plot_before_and_after(history, before=FORMER):
 # --- Task 2: predictions ----------------------------------------------
 
 
+class Predictions(NamedTuple):
+    """What a model says of the N test images."""
+
+    pixels: Any  # (N, 32, 32, 3), uint8
+    labels: torch.Tensor  # (N,)
+    logits: torch.Tensor  # (N, num_classes)
+    classes: list  # their names
+
+
+def predict_test_images(dataset, cache_dir, model, device):
+    """Return ``Predictions``; without data or weights (no model) None, and say so."""
+    if model is None:
+        print("The test images are not classified: the recorded weights are not here.")
+        return None
+    try:
+        val_set = dataset(cache_dir, train=False, transform=VAL_TRANSFORM)
+    except RuntimeError:  # torchvision's word for missing or damaged files
+        print(f"The test images are not classified: no CIFAR-10 in {cache_dir}.")
+        return None
+    logits, labels = predict(model, DataLoader(val_set, batch_size=100), device)
+    return Predictions(val_set.data, labels, logits, val_set.classes)
+
+
+def verify(history, predictions):
+    """Print right answers beside those recorded; return whether they agree.
+
+    They may differ by 5 in number, which another device's rounding can do.
+    """
+    hits = int((predictions.logits.argmax(dim=-1) == predictions.labels).sum())
+    total = len(predictions.labels)
+    recorded = round(history["val_accs_eval"][-1] * total)
+    agrees = abs(hits - recorded) <= 5
+    print(f"{hits} of {total} test images right, {100 * hits / total:.2f} %")
+    print(f"recorded: {recorded}; the record is {'' if agrees else 'NOT '}confirmed")
+    return agrees
+
+
 def confusion(logits, labels):
     """Count the predictions: (num_classes, num_classes), true class by row."""
     classes = logits.shape[1]
@@ -562,12 +579,6 @@ def plot_predictions(predictions):
 # --- Task 2: what the model has learned -------------------------------
 
 
-def initial_model(history):
-    """Return the model as it was before training, drawn again from its seed."""
-    torch.manual_seed(history["seed"])
-    return VisionTransformer()
-
-
 @needs_results
 def plot_position_similarity(model, history):
     """Draw how alike the positional embeddings are, and their changes.
@@ -575,9 +586,10 @@ def plot_position_similarity(model, history):
     Dosovitskiy et al. (2021), Fig. 7 (centre); without the initial noise. Should this
     machine draw other numbers from the seed, the first title shows a likeness near 0.
     """
+    torch.manual_seed(history["seed"])
     trained, initial = (
         each.position_embedding.detach().cpu()[0, 1:]
-        for each in (model, initial_model(history))
+        for each in (model, VisionTransformer())
     )
     likeness = torch.cosine_similarity(trained.flatten(), initial.flatten(), dim=0)
     titles = (

@@ -11,6 +11,7 @@ import argparse
 import math
 
 import dataset
+import figures
 import training
 import vision_transformer as vt
 from attention import choose_device
@@ -77,8 +78,10 @@ def main(arguments=None):
             settings = {**training.PRESETS[given.preset], **own}
             model, history = vt.train_run(settings, given.cache_dir, device, given.run)
         print(training.summary(history))
-        predictions = vt.predict_test_images(model, given.cache_dir, device)
-        return 0 if predictions and vt.verify(history, predictions) else 1
+        predictions = figures.predict_test_images(
+            vt.CIFAR10, given.cache_dir, model, device
+        )
+        return 0 if predictions and figures.verify(history, predictions) else 1
     except training.UserError as error:
         print(f"error: {error}")
         return 1

@@ -21,14 +21,12 @@ import platform
 import signal
 import statistics
 import sys
-import threading
 import time
 import zipfile
 from pathlib import Path
 
 import einops
 import filelock
-import safetensors
 import safetensors.torch
 import torch
 import torchvision
@@ -55,7 +53,7 @@ PROBE_TOLERANCE = 1e-3
 FORMAT = 2  # of what is stored; raise it when older files can no longer be read
 
 
-class UserError(RuntimeError):
+class UserError(Exception):
     """Something that the user can put right; the message says how, in one sentence."""
 
 
@@ -101,51 +99,28 @@ def checksum(path):
 # --- Checkpoints ------------------------------------------------------
 
 
-class Checkpoint:
-    """The state of a run after its last epoch, and after the one before.
+def read_checkpoint(path):
+    """Return what a run has stored after its last epoch, or None if there is nothing.
 
     ``torch.load`` with ``weights_only`` reads plain data only; that a file is damaged
     shows in the checksums (CRC-32) that every ZIP archive has, which PyTorch writes.
     """
-
-    def __init__(self, folder):
-        self.path = Path(folder, CHECKPOINT_NAME)
-        self.previous = self.path.with_name(f"previous-{CHECKPOINT_NAME}")
-
-    def save(self, state):
-        """Store a nested dict of tensors and plain values; keep the one before."""
-        buffer = io.BytesIO()
-        torch.save(state, buffer)
-        with _files(self.path):
-            if self.path.exists():
-                os.replace(self.path, self.previous)
-        write_whole(self.path, buffer.getvalue())
-
-    def load(self):
-        """Return the last state that is whole, or None; delete what is damaged."""
-        for path in (self.path, self.previous):
-            if not path.exists():
-                continue
-            with _files(path):
-                content = path.read_bytes()
-            try:
-                with zipfile.ZipFile(io.BytesIO(content)) as archive:
-                    if archive.testzip():
-                        raise ValueError("a checksum does not match")
-                return torch.load(io.BytesIO(content), "cpu", weights_only=True)
-            except MemoryError:  # says nothing of the file
-                raise
-            except Exception as error:  # whatever a damaged file makes a reader raise
-                reason = str(error).split("\n")[0]
-                print(f"{path} is damaged ({reason}) and deleted", flush=True)
-                with _files(path):
-                    path.unlink()
+    if not path.exists():
         return None
-
-    def delete(self):
-        """Delete both files."""
-        for path in (self.path, self.previous):
-            path.unlink(missing_ok=True)
+    with _files(path):
+        content = path.read_bytes()
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            if archive.testzip():
+                raise ValueError("a checksum does not match")
+        return torch.load(io.BytesIO(content), "cpu", weights_only=True)
+    except MemoryError:  # says nothing of the file
+        raise
+    except Exception as error:  # whatever a damaged file makes a reader raise
+        reason = str(error).split("\n")[0]
+        raise UserError(
+            f"{path} is damaged ({reason}): restore it, or delete it and begin again"
+        ) from error
 
 
 # --- Records ----------------------------------------------------------
@@ -180,8 +155,15 @@ def traits(model):
     }
 
 
-def _check_traits(path, model, history):
-    """Refuse the history of another model than this new one."""
+def _check_is_of(path, history, settings, model):
+    """Refuse a history of other settings, or of another model than this new one."""
+    for name, value in settings.items():
+        if history.get(name) != value:
+            raise UserError(
+                f"{path} is of a run with {name} = {history.get(name)!r}, not "
+                f"{value!r}: name its folder and its settings together, or train yours "
+                "in another folder"
+            )
     now = traits(model)
     sizes = {name: values.numel() for name, values in model.named_parameters()}
     for kind, words in (("begins", "begins with"), ("drops_out", "drops out")):
@@ -237,25 +219,23 @@ def read_history(folder):
     the rest of the history.
     """
     path = Path(folder, HISTORY_NAME)
-    advice = "restore it, or train the run in another folder"
     try:
         history = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(history, dict):
-            raise ValueError("no JSON object")
+        if history["format"] != FORMAT:
+            now = f"has format {history['format']!r}, and {FORMAT} is read here"
+            raise ValueError(now)
+        if history["sha256"] != _history_digest(history):
+            raise ValueError("its checksum does not match")
     except FileNotFoundError:
         raise UserError(
             f"{path} is missing: there is no finished run in {folder}; "
             "`python train.py` trains one"
         ) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read ({error}): {advice}") from error
-    if history.get("format") != FORMAT:
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise UserError(
-            f"{path} has format {history.get('format')!r}, and {FORMAT} is read here: "
-            f"{advice}"
-        )
-    if history.get("sha256") != _history_digest(history):
-        raise UserError(f"{path} is damaged: its checksum does not match: {advice}")
+            f"{path} cannot be read, or is damaged ({error}): restore it, or train the "
+            "run in another folder"
+        ) from error
     return history
 
 
@@ -269,8 +249,7 @@ def load_record(folder, settings, model):
     if not Path(folder).is_dir() and Path(HISTORY_NAME).is_file():
         folder = "."
     history = read_history(folder)
-    _check_settings(Path(folder, HISTORY_NAME), history, settings)
-    _check_traits(Path(folder, HISTORY_NAME), model, history)
+    _check_is_of(Path(folder, HISTORY_NAME), history, settings, model)
     path = Path(folder, WEIGHTS_NAME)
     if not path.is_file():
         return None, history
@@ -282,16 +261,6 @@ def load_record(folder, settings, model):
     state = safetensors.torch.load(path.read_bytes())
     load_weights(model, state, history["probe_logits"], path)
     return model, history
-
-
-def _check_settings(path, history, settings):
-    for name, value in settings.items():
-        if history.get(name) != value:
-            raise UserError(
-                f"{path} is of a run with {name} = {history.get(name)!r}, not "
-                f"{value!r}: name its folder and its settings together, or train yours "
-                "in another folder"
-            )
 
 
 def first_epoch_at(accuracies, mark):
@@ -392,9 +361,6 @@ def ctrl_c_waits(model):
         if noted and called is model:  # not a copy of it, which is only probed
             raise KeyboardInterrupt
 
-    if threading.current_thread() is not threading.main_thread():
-        yield  # where no signal arrives, and none can be waited for
-        return
     before = signal.signal(signal.SIGINT, note)
     hook = model.register_forward_pre_hook(check)
     try:
@@ -423,16 +389,12 @@ class Run:
         name = "-".join(f"{key}{value}" for key, value in self.settings.items())
         self.folder = Path(folder) if folder else RUNS / name
         self.history = None
+        self.epochs_done = 0  # which are saved, and need not be trained again
 
     @property
     def is_finished(self):
         """Whether its record is there."""
         return (self.folder / HISTORY_NAME).is_file()
-
-    @property
-    def epochs_done(self):
-        """Epochs that are saved and need not be trained again."""
-        return len(self.history["val_accs"])
 
     @contextlib.contextmanager
     def started(self, model, optimizer, n_epochs, steps_per_epoch):
@@ -450,7 +412,7 @@ class Run:
         self.random = {"cpu": torch}  # the modules that draw the run's random numbers
         if self.device != "cpu":
             self.random[self.device] = getattr(torch, self.device)
-        self.checkpoint = Checkpoint(self.folder)
+        self.checkpoint = self.folder / CHECKPOINT_NAME
         with self._locked():
             self._restore()
             done = self.epochs_done
@@ -526,23 +488,25 @@ class Run:
                 path.unlink(missing_ok=True)
             yield
         finally:
-            with contextlib.suppress(OSError):  # while it is ours: first this
-                Path(lock.lock_file).unlink()
             lock.release()
 
     def _save(self):
-        self.checkpoint.save(
+        buffer = io.BytesIO()
+        torch.save(
             {
                 "history": self.history,
                 "model": self.model.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "random": {k: m.get_rng_state() for k, m in self.random.items()},
                 "probe_logits": probe(self.model),
-            }
+            },
+            buffer,
         )
+        write_whole(self.checkpoint, buffer.getvalue())
+        self.epochs_done = len(self.history["val_accs"])
 
     def _restore(self):
-        state = self.checkpoint.load()
+        state = read_checkpoint(self.checkpoint)
         if state is None:
             lists = ("train_losses", "val_accs", "val_accs_eval", "val_losses_eval")
             self.history = {
@@ -554,11 +518,11 @@ class Run:
             }
             self._save()  # an interruption in the first epoch must find its beginning
             return
-        path = self.checkpoint.path
-        self.history = state["history"]
-        _check_settings(path, self.history, {**self.settings, "format": FORMAT})
-        _check_traits(path, self.model, self.history)
-        load_weights(self.model, state["model"], state["probe_logits"], path)
+        self.history, source = state["history"], self.checkpoint
+        settings = {**self.settings, "format": FORMAT}
+        _check_is_of(source, self.history, settings, self.model)
+        load_weights(self.model, state["model"], state["probe_logits"], source)
+        self.epochs_done = len(self.history["val_accs"])
         self.optimizer.load_state_dict(state["optimizer"])
         for name, module in self.random.items():
             if name in state["random"]:  # not so after a change of device
@@ -586,4 +550,4 @@ class Run:
         write_whole(self.folder / WEIGHTS_NAME, content)
         text = json.dumps(self.history) + "\n"
         write_whole(self.folder / HISTORY_NAME, text.encode())
-        self.checkpoint.delete()  # the record holds all that is needed now
+        self.checkpoint.unlink(missing_ok=True)  # the record holds what is needed

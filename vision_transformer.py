@@ -54,7 +54,6 @@ script, it runs its unit tests. Cells tagged ``active-ipynb`` run in the noteboo
 """
 
 import warnings
-from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange, repeat
@@ -269,7 +268,7 @@ class VisionTransformer(nn.Module):
 # %% tags=["active-ipynb", "appendix"]
 # figures.plot_architecture(VisionTransformer());
 
-# %% [markdown] tags=["caption"]
+# %% [markdown]
 # **Figure 4.** The Vision Transformer with the defaults of the exercise, with the shape
 # of the tensor after every stage ($B$ images; of the last block only the class token
 # goes on), and one of its encoder blocks with its two residual connections.
@@ -485,7 +484,7 @@ def make_loaders(cache_dir, batch_size):
 # %% tags=["active-ipynb", "appendix"]
 # figures.plot_patches(CIFAR10, DATASET_CACHE_DIR, VisionTransformer().patch_size);
 
-# %% [markdown] tags=["caption"]
+# %% [markdown]
 # **Figure 5.** What `patchify` does to a test image: it is cut into patches (right),
 # which become a sequence row by row (below, the first two rows).
 # <!-- alt: A photograph of a ship of 32 by 32 pixels, the same cut into eight by eight
@@ -594,7 +593,7 @@ def train_run(settings, cache_dir, device, folder=None):
 # %% tags=["active-ipynb", "appendix"]
 # figures.plot_training(history);
 
-# %% [markdown] tags=["caption"]
+# %% [markdown]
 # **Figure 6.** Left: training loss against steps, the cross-entropy of each step on its
 # augmented batch, and its mean over each epoch; dashed, the loss on the
 # validation images in evaluation mode. Right: validation accuracy after every epoch, as
@@ -635,7 +634,7 @@ def train_run(settings, cache_dir, device, folder=None):
 # %% tags=["active-ipynb", "appendix"]
 # figures.plot_before_and_after(history);
 
-# %% [markdown] tags=["caption"]
+# %% [markdown]
 # **Figure 7.** The run above ("after") and that of the earlier version ("before"):
 # training loss (left) and validation accuracy (right) of every epoch, the latter as the
 # recipe measures it (solid) and in evaluation mode (dashed).
@@ -662,48 +661,9 @@ def train_run(settings, cache_dir, device, folder=None):
 # The recorded weights classify all 10,000 test images once more, on this machine. The
 # next section is computed from these predictions.
 
-
-# %% tags=["appendix"]
-class Predictions(NamedTuple):
-    """What a model says of the N test images."""
-
-    pixels: Any  # (N, 32, 32, 3), uint8
-    labels: torch.Tensor  # (N,)
-    logits: torch.Tensor  # (N, num_classes)
-    classes: list  # their names
-
-
-def predict_test_images(model, cache_dir, device):
-    """Return ``Predictions``; without data or weights (no model) None, and say so."""
-    if model is None:
-        print("The test images are not classified: the recorded weights are not here.")
-        return None
-    try:
-        val_set = CIFAR10(cache_dir, train=False, transform=VAL_TRANSFORM)
-    except RuntimeError:  # torchvision's word for missing or damaged files
-        print(f"The test images are not classified: no CIFAR-10 in {cache_dir}.")
-        return None
-    logits, labels = predict(model, DataLoader(val_set, batch_size=100), device)
-    return Predictions(val_set.data, labels, logits, val_set.classes)
-
-
-def verify(history, predictions):
-    """Print right answers beside those recorded; return whether they agree.
-
-    They may differ by 5 in number, which another device's rounding can do.
-    """
-    hits = int((predictions.logits.argmax(dim=-1) == predictions.labels).sum())
-    total = len(predictions.labels)
-    recorded = round(history["val_accs_eval"][-1] * total)
-    agrees = abs(hits - recorded) <= 5
-    print(f"{hits} of {total} test images right, {100 * hits / total:.2f} %")
-    print(f"recorded: {recorded}; the record is {'' if agrees else 'NOT '}confirmed")
-    return agrees
-
-
 # %% tags=["active-ipynb", "appendix"]
-# predictions = predict_test_images(model, DATASET_CACHE_DIR, device)
-# assert predictions is None or verify(history, predictions)
+# predictions = figures.predict_test_images(CIFAR10, DATASET_CACHE_DIR, model, device)
+# assert predictions is None or figures.verify(history, predictions)
 
 # %% [markdown]
 # ### Its predictions
@@ -711,7 +671,7 @@ def verify(history, predictions):
 # %% tags=["active-ipynb", "appendix"]
 # figures.plot_confusion(predictions);
 
-# %% [markdown] tags=["caption"]
+# %% [markdown]
 # **Figure 8.** Confusion matrix on the 10,000 test images: the share of the images of
 # each class (row) that the model takes for each class (column).
 # <!-- alt: A matrix of ten by ten classes with a number in each field, darkest along
@@ -727,7 +687,7 @@ def verify(history, predictions):
 # %% tags=["active-ipynb", "appendix"]
 # figures.plot_calibration(predictions);
 
-# %% [markdown] tags=["caption"]
+# %% [markdown]
 # **Figure 9.** Left: reliability diagram, the share of right predictions against the
 # confidence (largest probability) of the predictions, in ten bins, after
 # [Guo et al., 2017](https://arxiv.org/abs/1706.04599); bins of fewer than ten images
@@ -746,7 +706,7 @@ def verify(history, predictions):
 # %% tags=["active-ipynb", "appendix"]
 # figures.plot_predictions(predictions);
 
-# %% [markdown] tags=["caption"]
+# %% [markdown]
 # **Figure 10.** Test images with prediction and confidence above and the true class
 # below: the surest right predictions, the least sure ones, and the surest wrong ones.
 # <!-- alt: Three rows of six small images, with the predicted class and its confidence
@@ -771,7 +731,7 @@ def verify(history, predictions):
 # %% tags=["active-ipynb", "appendix"]
 # figures.plot_position_similarity(model, history);
 
-# %% [markdown] tags=["caption"]
+# %% [markdown]
 # **Figure 11.** Cosine similarity of the positional embedding of each patch (one small
 # map each, in the order of the image) with those of all patches (after Dosovitskiy et
 # al., 2021, Fig. 7, centre): of the trained embeddings (left), and of what training
@@ -789,7 +749,7 @@ def verify(history, predictions):
 # %% tags=["active-ipynb", "appendix"]
 # figures.plot_attention_distance(model, predictions);
 
-# %% [markdown] tags=["caption"]
+# %% [markdown]
 # **Figure 12.** Mean attention distance of every head against depth, over the first 256
 # test images (after Dosovitskiy et al., 2021, Fig. 7, right). Dotted: the distance of a
 # head that attends to all patches alike. The last block is left out: only the class
@@ -807,7 +767,7 @@ def verify(history, predictions):
 # %% tags=["active-ipynb", "appendix"]
 # figures.plot_rollout(model, predictions);
 
-# %% [markdown] tags=["caption"]
+# %% [markdown]
 # **Figure 13.** The first test image of eight classes, and attention rollout as in
 # [Abnar and Zuidema, 2020](https://arxiv.org/abs/2005.00928): the weights of all
 # blocks, as means over heads and with the residual connections, multiplied up from the

@@ -1,8 +1,6 @@
 """What is shown, and how notebooks and PDF of it are made."""
 
-import contextlib
 import shutil
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
@@ -99,12 +97,11 @@ class Submission:
         return folder / f"{'DEMO-' * self.demo}{self.student.stem}.pdf"
 
 
-def store_notebooks(submission, keep=None, needs_data=True):
+def store_notebooks(submission, keep=None):
     """Execute the notebooks, neither of which trains, and store them: all or none.
 
     What was edited is brought together first, see ``sync.bring_together``. Without the
-    data set, good outputs of the Vision Transformer would be lost. So they are kept or,
-    if it ``needs_data``, all is refused.
+    data set, good outputs of the Vision Transformer would be lost, so they are kept.
     """
     for script, notebook in submission.pairs:
         bring_together(script, notebook, keep)
@@ -115,7 +112,7 @@ def store_notebooks(submission, keep=None, needs_data=True):
         if not submission.demo:
             fetch(CIFAR10, "data")
     except UserError as error:
-        if needs_data or not last_stored.is_file():
+        if not last_stored.is_file():
             raise
         print(f"{error}\n\nSo {last_stored} is taken with the outputs it has.")
         number = first_not_executed(notebooks.read_notebook(last_stored), transformer)
@@ -137,9 +134,9 @@ def store_notebooks(submission, keep=None, needs_data=True):
 def report(submission, keep=None):
     """Execute the notebooks, as far as there are data, and make the PDF."""
     use_system_fonts(submission.student)  # a name that cannot be printed: refused now
-    store_notebooks(submission, keep, needs_data=False)
-    with _announced(f"Making {submission.pdf.as_posix()}"):
-        make_pdf(submission)
+    store_notebooks(submission, keep)
+    print(f"Making {submission.pdf.as_posix()} ...", flush=True)
+    make_pdf(submission)
     if submission.student.is_placeholder:
         print("It is a DRAFT: fill in report/student.toml, or give SURNAME= and")
         print("MATRICULATION=, to get one that can be handed in.")
@@ -153,8 +150,8 @@ def _execute(submission, script):
         facts["record"] = checksum(submission.run / HISTORY_NAME)
         if submission.folder != Path():
             _inject_run(notebook, submission)
-    with _announced(f"Executing {script.stem}.ipynb"):
-        notebooks.execute(notebook, f"{script.stem}.ipynb")
+    print(f"Executing {script.stem}.ipynb ...", flush=True)
+    notebooks.execute(notebook, f"{script.stem}.ipynb")
     notebook.metadata["provenance"].update(facts)
     return notebook
 
@@ -191,11 +188,3 @@ def demo(student, keep=None):
         )
     report(Submission.of(folder, student))
     print("It shows a demo on generated images, and cannot be handed in.")
-
-
-@contextlib.contextmanager
-def _announced(what):
-    print(f"{what} ...", flush=True)
-    start = time.perf_counter()
-    yield
-    print(f"  done in {time.perf_counter() - start:.0f} s", flush=True)

@@ -6,7 +6,6 @@ is missing or outdated, and then runs the command inside it.
 
 import contextlib
 import hashlib
-import json
 import os
 import platform
 import re
@@ -25,7 +24,6 @@ FIRST = {
 }
 OTHERS = {
     "setup": "make the environment .venv, as every other command does by itself",
-    "notebooks": "execute and store both notebooks, without the PDF",
     "train": "train the run of the exercise or another, or continue it",
     "verify": "validate recorded weights on the test images again",
     "demo": "everything live on generated images, below build/demo",
@@ -33,7 +31,7 @@ OTHERS = {
     "bench": "measure speed and memory beside other implementations",
     "clean": "remove the demo, dist/ and caches; never data, .venv, runs or copies",
 }
-OWN = ("report", "notebooks", "zip", "demo", "lab")  # not another program's alone
+OWN = ("report", "zip", "demo", "lab")  # not another program's alone
 NAMED = ("report", "zip", "demo")  # show a name
 # Which commands take an option (None: all), and what it is
 OPTIONS = {
@@ -41,7 +39,7 @@ OPTIONS = {
     "GIVEN_NAME": (NAMED, "likewise"),
     "MATRICULATION": (NAMED, "likewise, the matriculation number"),
     "RUN": (
-        ("report", "zip", "notebooks", "train", "verify"),
+        ("report", "zip", "train", "verify"),
         "folder of the run to show, to store or to validate",
     ),
     "WEIGHTS": (("zip",), "WEIGHTS=0 leaves the recorded weights out"),
@@ -190,8 +188,8 @@ def run_program(name):
     python = sys.executable
     options = [
         f"--{option.lower().replace('_', '-')}={os.environ[option]}"
-        for option in ("PRESET", "EPOCHS", "BATCH_SIZE", "LR", "SEED", "RUN")
-        if os.environ.get(option)
+        for option, (commands, _) in OPTIONS.items()
+        if name in (commands or ()) and os.environ.get(option)
     ]
     pytest = [python, "-m", "pytest"]
     programs = {
@@ -221,8 +219,9 @@ def run_own(name):
         from report.student import read_student
 
         student = read_student()  # refused before more is loaded
-        for note in student.notes if name in NAMED else ():
-            print(note)
+        digits = len(student.matriculation_number)
+        if name in NAMED and digits not in (7, 8):
+            print(f"LMU's matriculation numbers have 7 or 8 digits, not {digits}.")
 
         from report import build, bundle, sync
 
@@ -232,8 +231,6 @@ def run_own(name):
         shown = build.Submission.of(os.environ.get("RUN") or RECORD, student)
         if name == "report":
             build.report(shown, keep)
-        elif name == "notebooks":
-            build.store_notebooks(shown, keep)
         elif name == "zip":
             bundle.make_zip(shown, weights == "1", keep)
         else:
@@ -255,14 +252,9 @@ def clean():
 
 def usage():
     """Print the commands and options, one line each, the most needed first."""
-    costs = json.loads((ROOT / "bench" / "commands.json").read_text(encoding="utf-8"))
-    seconds = {entry["command"]: entry["seconds"] for entry in costs["commands"]}
     print("make COMMAND [NAME=VALUE ...]    (python report/make.py does the same)\n")
     for commands in (FIRST, OTHERS):
         for name, what in commands.items():
-            cost = seconds.get(f"make {name}")
-            if cost:
-                what += f" ({cost} s)" if cost < 100 else f" ({cost / 60:.0f} min)"
             print(f"  {name:<11}{what}")
         print()
     for name, (commands, what) in OPTIONS.items():
@@ -276,7 +268,7 @@ def main(arguments):
     os.environ.update(given)
     # make hands its own over by the environment, as a shell does what it exports
     typed = os.environ.get("MAKEFLAGS", "").partition("-- ")[2]
-    given |= dict.fromkeys(re.findall(r"(?:^| )([A-Za-z_]+)=", typed))
+    given.update(dict.fromkeys(re.findall(r"(?:^| )([A-Za-z_]+)=", typed)))
     given.pop("PYTHON", None)
     for name in given:
         if name not in OPTIONS:

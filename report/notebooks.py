@@ -16,6 +16,7 @@ import nbformat
 import torch
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError
+from nbconvert.filters import strip_ansi
 
 from training import UserError, processor_name, write_whole
 
@@ -23,13 +24,7 @@ KERNEL = "python3"
 CELL_SECONDS = 1200  # a cell that takes longer hangs: no cell trains
 INJECTED = "injected-parameters"  # papermill's name for it
 MARKS = ("# injected", "<!-- injected")  # what such a cell begins with: tags get lost
-ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
-# For the kernel, so that the same figure is the same bytes: SVG without the time,
-# and with ids that are not random
-PLOTTING = {
-    "SOURCE_DATE_EPOCH": "0",
-    "MATPLOTLIBRC": str(Path(__file__).resolve().with_name("matplotlibrc")),
-}
+NO_TIME = {"SOURCE_DATE_EPOCH": "0"}  # in a figure: the same one is the same bytes
 
 
 def read_script(path):
@@ -58,7 +53,10 @@ def read_notebook(path):
         raise
     except Exception as error:  # whatever no notebook makes a reader raise
         reason = str(error).split("\n")[0][:80]
-        raise UserError(f"{path} cannot be read as a notebook ({reason})") from error
+        raise UserError(
+            f"{path} cannot be read as a notebook ({reason}): restore it, or delete "
+            "it, and `make report` makes it again"
+        ) from error
 
 
 def is_injected(cell):
@@ -97,12 +95,12 @@ def execute(notebook, name, timeout=CELL_SECONDS):
     number, cell, traceback = 1, notebook.cells[0], ""
     try:
         # Not client.execute(), which replaces the handling of Ctrl-C
-        with client.setup_kernel(env={**os.environ, **PLOTTING}):
+        with client.setup_kernel(env={**os.environ, **NO_TIME}):
             for number, cell in enumerate(notebook.cells, 1):
                 client.execute_cell(cell, number - 1)
     except CellExecutionError as error:
-        traceback = ANSI.sub("", error.traceback)
-        why, cause = ANSI.sub("", f"{error.ename}: {error.evalue}"), error
+        traceback = strip_ansi(error.traceback)
+        why, cause = strip_ansi(f"{error.ename}: {error.evalue}"), error
     except CellTimeoutError as error:
         why, cause = f"it took longer than {timeout} s", error
     except RuntimeError as error:  # that it is dead, or did not answer in time

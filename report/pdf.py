@@ -3,6 +3,7 @@
 import base64
 import contextlib
 import datetime
+import itertools
 import json
 import re
 import shutil
@@ -107,23 +108,25 @@ def _facts(submission, notebooks):
 def to_markdown(notebook, folder, prefix, labels):
     """Turn an executed notebook into pandoc's Markdown.
 
-    A cell tagged ``caption`` and the picture that the code cell before it drew become a
-    figure; without a picture it is left out. Of a code cell tagged ``appendix`` only
-    the outputs stay. Pictures are written into ``folder``, and their names begin with
-    ``prefix``; what the text says of figures and tables in ``labels`` becomes a link.
-    Returns the text, and the sources of the cells tagged ``appendix``.
+    A caption and the picture that the code cell before it drew become a figure; without
+    a picture it is left out. Of a code cell tagged ``appendix`` only the outputs stay.
+    Pictures are written into ``folder``, and their names begin with ``prefix``; what
+    the text says of figures and tables in ``labels`` becomes a link. Returns the text,
+    and the sources of the cells tagged ``appendix``.
     """
     pictures = _drawn(notebook)
     cells, left_out = [], []
-    for cell in notebook.cells:
-        cell, tags = cell.copy(), cell.metadata.get("tags", [])
+    for number, cell in enumerate(notebook.cells, 1):
+        cell = cell.copy()
         if cell.cell_type == "code":
-            cell["outputs"] = [out for out in cell.outputs if not _picture(out)]
-            if "appendix" in tags:
+            following = notebook.cells[number : number + 1]
+            if following and FIGURE.match(following[0].source):
+                cell["outputs"] = [out for out in cell.outputs if not _picture(out)]
+            if "appendix" in cell.metadata.get("tags", []):
                 left_out.append(cell.source)
                 cell["metadata"] = {"transient": {"remove_source": True}}
         elif cell.cell_type == "markdown":
-            caption = "caption" in tags and FIGURE.match(cell.source)
+            caption = FIGURE.match(cell.source)
             if caption and caption[1] not in pictures:
                 continue
             cell["source"] = _with_links(cell.source, labels)
@@ -134,18 +137,20 @@ def to_markdown(notebook, folder, prefix, labels):
                 cell["source"] = _figure(cell.source, path.name, caption[1])
         cells.append(cell)
     reduced = nbformat.v4.new_notebook(cells=cells, metadata=notebook.metadata)
-    text, _ = MarkdownExporter().from_notebook_node(reduced)
+    text, made = MarkdownExporter().from_notebook_node(reduced, {"unique_key": prefix})
+    for name, content in made["outputs"].items():  # pictures without a caption
+        (folder / name).write_bytes(content)
     return text, left_out
 
 
 def _drawn(notebook):
-    """Return the pictures that have a caption, by the number that it gives them."""
-    found, pictures = {}, []
-    for cell in notebook.cells:
-        if cell.cell_type == "code":
-            pictures = list(filter(None, map(_picture, cell.outputs)))
-        elif FIGURE.match(cell.source) and pictures:
-            found[FIGURE.match(cell.source)[1]] = pictures[-1]
+    """Return the pictures with a caption right behind them, by their numbers."""
+    found = {}
+    for cell, following in itertools.pairwise(notebook.cells):
+        caption = FIGURE.match(following.source)
+        for picture in filter(None, map(_picture, cell.get("outputs", []))):
+            if caption:
+                found[caption[1]] = picture
     return found
 
 

@@ -23,12 +23,11 @@ APOSTROPHES = "'’‘ʼ`´"  # noqa: RUF001 - the characters people type for on
 
 @dataclass(frozen=True)
 class Student:
-    """A checked identity; ``notes`` are sentences on what is worth a second look."""
+    """A checked identity."""
 
     surname: str
     given_name: str
     matriculation_number: str
-    notes: tuple = ()
 
     @property
     def is_placeholder(self):
@@ -66,7 +65,6 @@ def read_student(path=STUDENT_FILE, environment=os.environ):
 
 def check_student(surname, given_name, matriculation_number):
     """Return a ``Student``, or raise a ``UserError`` that says what would do."""
-    notes = []
     given = unicodedata.normalize("NFC", surname.strip(" "))
     name = _letters_and_hyphens(given)
     fits = 0 < len(name.encode()) <= MAX_BYTES
@@ -77,8 +75,6 @@ def check_student(surname, given_name, matriculation_number):
             f"give it in letters and single hyphens ({MAX_BYTES} bytes at most), for "
             f"example {name if fits else 'Müller-Lüdenscheidt'}"
         )
-    if name != given:
-        notes.append(f"The files are named {name}: no spaces in file names.")
 
     person = unicodedata.normalize("NFC", given_name.strip(" "))
     if len(person.encode()) > MAX_BYTES or not all(
@@ -96,22 +92,16 @@ def check_student(surname, given_name, matriculation_number):
             f"the matriculation number {number[:40]!r} must be 1 to {MAX_DIGITS} "
             f"digits, for example {digits or '12345678'}"
         )
-    if len(number) not in (7, 8):
-        notes.append(f"LMU's matriculation numbers have 7 or 8 digits, not {number}.")
     person = "" if person == PLACEHOLDERS[1] else person
-    return Student(name, person, number, tuple(notes))
+    return Student(name, person, number)
 
 
 def _letters_and_hyphens(name):
     """Return the nearest spelling of letters and single hyphens between them."""
-    kept = "".join(
-        c if _is_letter(c) else "-"
-        for c in name
-        if c not in APOSTROPHES and unicodedata.category(c) != "Cf"
-    )
+    kept = "".join(c if _is_letter(c) else " " for c in name if c not in APOSTROPHES)
     # A mark belongs to the letter before it, and cannot begin a part
     marks = "".join(c for c in kept if unicodedata.category(c)[0] == "M")
-    return "-".join(filter(None, (part.lstrip(marks) for part in kept.split("-"))))
+    return "-".join(filter(None, (part.lstrip(marks) for part in kept.split())))
 
 
 def _is_letter(character):

@@ -21,13 +21,7 @@ LIBRARIES = (Path("dataset.py"), Path("figures.py"), Path("training.py"))
 KEPT = Path("build", "kept")  # copies of what had to give way
 NOTEBOOK_ONLY = "active-ipynb"  # the tag of cells that are comments in the script
 LIKE = 0.6  # how alike an edited cell and the one that it was have to be
-DEFINITIONS = (
-    ast.FunctionDef,
-    ast.AsyncFunctionDef,
-    ast.ClassDef,
-    ast.Import,
-    ast.ImportFrom,
-)
+DEFINITIONS = (ast.FunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom)
 
 
 # --- What is compared -----------------------------------------------------------------
@@ -104,13 +98,15 @@ def edited_since(notebook):
 def first_not_executed(notebook, script):
     """Return the number of the first code cell that has not the outputs of its code.
 
-    None if all were executed by a command, as they are now and in this order.
+    None if all were executed by a command, as they are now and in this order, and none
+    has failed since.
     """
     then = provenance(notebook).get("code", {}).get(script.name, [])
     cells = [(n, c) for n, c in handwritten(notebook) if c.cell_type == "code"]
     for place, (number, cell) in enumerate(cells):
         was_executed = then[place : place + 1] == [digest(text_of(cell))]
-        if not was_executed or not cell.get("execution_count"):
+        has_failed = any(output.output_type == "error" for output in cell.outputs)
+        if not was_executed or not cell.get("execution_count") or has_failed:
             return number
     return len(notebook.cells) if len(then) > len(cells) else None
 
@@ -127,18 +123,7 @@ def bring_together(script, notebook, keep=None):
     """
     if not notebook.is_file():
         return
-    seen = checksum(script), checksum(notebook)
-    ours = read_script(script)
-    try:
-        theirs = read_notebook(notebook)
-    except UserError as error:
-        if keep != "script":
-            raise UserError(
-                f"{error}: restore it, or let KEEP=script make it of {script} again"
-            ) from error
-        _copy(notebook)
-        notebook.unlink()
-        return
+    ours, theirs = read_script(script), read_notebook(notebook)
     made_from = provenance(theirs).get("source")
     was_edited = made_from != cell_checksums(theirs), made_from != cell_checksums(ours)
     if contents(ours) == contents(theirs):
@@ -158,20 +143,14 @@ def bring_together(script, notebook, keep=None):
             )
         was_edited = keep == "notebook", keep == "script"
         _copy(script if keep == "notebook" else notebook)
-    text, dropped = None, []
     if was_edited[0]:
         text, dropped = _script_with_cells(ours, theirs, notebook)
-    else:
-        _use_cells(theirs, ours)
-    if (checksum(script), checksum(notebook)) != seen:
-        raise UserError(
-            f"{script} or {notebook} was saved just now: type the same again"
-        )
-    if text is not None:
         if dropped:
             _copy(script)
         write_whole(script, text.encode())
         print(f"{notebook} was edited: its cells are in {script} now, too.")
+    else:
+        _use_cells(theirs, ours)
     _store(theirs, notebook)
 
 
@@ -190,20 +169,13 @@ def _copy(path):
 def _use_cells(notebook, ours):
     """Give a notebook the cells of a script, in place; equal code keeps its outputs."""
     executed = {text_of(c): c for c in notebook.cells if c.cell_type == "code"}
-    injected = [
-        (cell, notebook.cells[place - 1].source)
-        for place, cell in enumerate(notebook.cells)
-        if is_injected(cell)
-    ]
+    if any(map(is_injected, notebook.cells)):
+        notebook.metadata.pop("provenance", None)  # to be executed with them again
     for cell in ours.cells:
         if cell.cell_type == "code" and text_of(cell) in executed:
             same = executed[text_of(cell)]
             cell.update(outputs=same.outputs, execution_count=same.execution_count)
     notebook.cells = ours.cells
-    for cell, before in injected:
-        sources = [other.source for other in notebook.cells]
-        place = sources.index(before) + 1 if before in sources else len(sources)
-        notebook.cells.insert(place, cell)
 
 
 def _script_with_cells(ours, theirs, notebook):
@@ -230,25 +202,22 @@ def _script_with_cells(ours, theirs, notebook):
                 f"{name} holds a pasted picture, which a script cannot hold: save it "
                 "as a file, and name the file in the cell"
             )
-        known = origin[number].metadata if number in origin else {}
-        for key, value in known.items():
-            cell.metadata.setdefault(key, value)
-        if cell.cell_type != "code" or NOTEBOOK_ONLY in cell.metadata.get("tags", []):
+        is_new = number not in origin
+        known = {} if is_new else origin[number].metadata
+        cell.metadata.update({**known, **cell.metadata})
+        tags = cell.metadata.get("tags", [])
+        if cell.cell_type != "code" or NOTEBOOK_ONLY in tags:
             continue
-        if number not in origin and not _only_defines(cell.source):
-            cell.metadata["tags"] = sorted(
-                [*cell.metadata.get("tags", []), NOTEBOOK_ONLY]
-            )
+        if is_new and not _only_defines(cell.source):
+            cell.metadata["tags"] = sorted([*tags, NOTEBOOK_ONLY])
             continue
         try:
-            only_defines = _only_defines(cell.source, strict=True)
+            ast.parse(cell.source)
         except SyntaxError as error:
             raise UserError(
                 f"{name} could not be imported ({error.msg}, line {error.lineno}): put "
                 "it right, or move a magic into a cell of its own"
             ) from error
-        if not only_defines and _only_defines(origin[number].source):
-            print(f"{name} does something now whenever its script is imported.")
     merged = ours.copy()
     merged["cells"] = [cell for _, cell in cells]
     text = jupytext.writes(merged, fmt="py:percent")
@@ -262,13 +231,11 @@ def _script_with_cells(ours, theirs, notebook):
     return text, left
 
 
-def _only_defines(source, strict=False):
-    """Return whether code has no effect; if ``strict``, SyntaxError is not caught."""
+def _only_defines(source):
+    """Return whether code has no effect, in a script that is imported."""
     try:
         nodes = ast.parse(source).body
     except SyntaxError:  # perhaps a magic of the notebook
-        if strict:
-            raise
         return False
     return all(isinstance(node, DEFINITIONS) or _is_constant(node) for node in nodes)
 

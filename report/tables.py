@@ -10,7 +10,6 @@ from torchvision.datasets import CIFAR10
 from dataset import ARCHIVE_MD5, is_present
 from report.sync import edited_since, provenance
 from training import (
-    HISTORY_NAME,
     QUICK_RECORD,
     describe,
     finished,
@@ -104,12 +103,9 @@ def trials():
     short = [record for record in records if "held_out_accs" in record]
     short += [_beginning(trial) for trial in short if trial["group"] == "final"]
     short.sort(key=lambda trial: (trial["group"], -at_the_end(trial)[0]))
-    seeds = [record for record in records if "held_out_accs" not in record]
-    if (ROOT / QUICK_RECORD / HISTORY_NAME).is_file():
-        seeds.insert(0, read_history(ROOT / QUICK_RECORD))
-    return "\n\n".join(
-        make(runs) for make, runs in ((_short_runs, short), (_seeds, seeds)) if runs
-    )
+    seeds = [read_history(ROOT / QUICK_RECORD)]
+    seeds += [record for record in records if "held_out_accs" not in record]
+    return f"{_short_runs(short)}\n\n{_seeds(seeds)}"
 
 
 def _beginning(final, epochs=20):
@@ -129,8 +125,8 @@ def at_the_end(trial):
 
 
 def _short_runs(runs):
-    header = "group, trial, batch, rate, epochs x images, seed, recipe / %"
-    header += ", eval / %"
+    header = "group, trial, batch, rate, epochs x images, seed, recipe / %, eval / %, "
+    header += "loss / nats"
     rows = [
         [
             run["group"],
@@ -144,14 +140,13 @@ def _short_runs(runs):
         ]
         for run in runs
     ]
-    has_loss = any("held_out_losses" in run for run in runs)
     return _table(
-        header + ", loss / nats" * has_loss,
+        header,
         rows,
         "**Table 1.** Short runs, by group, the best of each first: accuracy on held-"
         "out training images after the last epoch, or the mean over the last five if "
         "there are 20 or more, as the recipe measures it (dropout active) and in "
-        "evaluation mode (eval)" + ", as is the loss, if recorded" * has_loss + ". An "
+        "evaluation mode (eval), as is the loss, if recorded. An "
         "ablation named like a final is its first epochs, or repeats them with another "
         "seed. A patch gain multiplies the initial weights of the patch embedding; the "
         "section on trials explains the names. {#table-1}",
@@ -164,9 +159,8 @@ def _seeds(runs):
         [run["seed"], *_percents(end), first_epoch_at(run["val_accs"], 0.7) or "never"]
         for run, end in zip(runs, ends, strict=True)
     ]
-    if len(runs) > 1:
-        for name, of in (("mean", statistics.mean), ("spread", statistics.stdev)):
-            rows.append([name, *_percents(map(of, zip(*ends, strict=True))), ""])
+    for name, of in (("mean", statistics.mean), ("spread", statistics.stdev)):
+        rows.append([name, *_percents(map(of, zip(*ends, strict=True))), ""])
     return _table(
         "seed, recipe / %, eval / %, 70 % by the recipe in epoch",
         rows,

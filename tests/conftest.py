@@ -44,9 +44,9 @@ def assert_same_weights(model, other):
 
 
 def only_files(folder):
-    return sorted(
-        p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()
-    )
+    """Return the files below a folder, without locks, which may be left behind."""
+    files = [p for p in folder.rglob("*") if p.is_file() and p.name != ".lock"]
+    return sorted(p.relative_to(folder).as_posix() for p in files)
 
 
 def replace_in(path, old, new):
@@ -87,9 +87,8 @@ def copy_project(folder, *left_out):
         if path.suffix in (".py", ".ipynb", ".toml") or path.name == "Makefile":
             shutil.copy(path, folder)
     ignored = shutil.ignore_patterns("*.pdf", "__pycache__", *left_out)
-    (folder / training.FORMER).parent.mkdir(parents=True)
-    shutil.copy(ROOT / training.FORMER, folder / training.FORMER)
-    shutil.copytree(ROOT / "report", folder / "report", ignore=ignored)
+    for name in ("report", "bench"):
+        shutil.copytree(ROOT / name, folder / name, ignore=ignored)
     return folder
 
 

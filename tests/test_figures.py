@@ -19,7 +19,7 @@ import figures
 import report.demo_data
 from attention import SelfAttention2d
 from training import FORMER, PRESETS
-from vision_transformer import Predictions, VisionTransformer
+from vision_transformer import VisionTransformer
 
 TEMPLATE = (ROOT / "report" / "template.typ").read_text(encoding="utf-8")
 CAPTION = TEMPLATE.partition("show figure.caption")[2]
@@ -63,7 +63,7 @@ def drawn():
     pixels = torch.randint(0, 256, (60, 32, 32, 3)).byte().numpy()
     labels, logits = torch.arange(60) % 10, torch.randn(60, 10)
     classes = [f"class {n}" for n in range(10)]
-    predictions = Predictions(pixels, labels, logits, classes)
+    predictions = figures.Predictions(pixels, labels, logits, classes)
     model = small_model(layers=2).eval()
     return {
         figures.plot_scaling: ([4, 16],),
@@ -151,10 +151,9 @@ def test_plots_have_captions_with_alternatives_and_the_text_names_them():
     for name in ("attention.py", "vision_transformer.py"):
         cells = jupytext.read(ROOT / name).cells
         for cell, following in zip(cells, [*cells[1:], None], strict=True):
-            tags = cell.metadata.get("tags", [])
-            if "active-ipynb" in tags and "plot_" in cell.source:
-                assert "caption" in following.metadata.get("tags", []), cell.source
-            if "caption" in tags:
+            if "figures.plot_" in cell.source:
+                assert following.source.startswith("**Figure "), cell.source
+            if cell.source.startswith("**Figure "):
                 caption = r"\*\*Figure (\d+)\.\*\* (.{60,})<!-- alt: (.{60,}) -->\s*$"
                 found = re.match(caption, cell.source, re.DOTALL)
                 numbers.add(found[1])
@@ -317,3 +316,16 @@ def test_tiles_stand_in_order_with_a_gap():
         [12, 13, -1, 16, 17, -1, 20, 21],
         [14, 15, -1, 18, 19, -1, 22, 23],
     ]
+
+
+def test_verify_counts_right_answers(capsys):
+    labels = torch.arange(10).repeat(10)
+    logits = torch.eye(10)[labels]
+    logits[:7] = -logits[:7]  # seven wrong answers of a hundred
+    predictions = figures.Predictions(None, labels, logits, None)
+    for recorded, agrees in ((93, True), (98, True), (88, True), (99, False)):
+        history = {"val_accs_eval": [0.0, recorded / 100]}
+        assert figures.verify(history, predictions) is agrees
+    said = capsys.readouterr().out
+    assert "93 of 100 test images right, 93.00 %" in said
+    assert said.count("the record is NOT confirmed") == 1

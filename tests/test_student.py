@@ -40,7 +40,6 @@ def test_names_that_moodle_keeps(typed, kept):
     assert who.surname == kept
     assert who.stem == f"{kept}-12345678"
     assert unicodedata.is_normalized("NFC", who.stem)
-    assert bool(who.notes) == (" " in typed.strip())
 
 
 @pytest.mark.parametrize(("typed", "suggested"), REFUSED)
@@ -61,11 +60,6 @@ def test_other_names_are_refused_with_a_suggestion(typed, suggested):
 def test_other_numbers_are_refused(number):
     with pytest.raises(UserError, match="digits"):
         check_student("Meier", "Anna", number)
-
-
-@pytest.mark.parametrize(("number", "notes"), [("123", 1), ("1234567", 0)])
-def test_a_number_that_is_not_lmu_s_is_accepted_with_a_word(number, notes):
-    assert len(check_student("Meier", "Anna", number).notes) == notes
 
 
 def test_given_names_may_hold_what_a_page_can_show():

@@ -8,7 +8,7 @@ from pathlib import Path
 import jupytext
 import nbformat
 import pytest
-from conftest import ROOT, STUDENT, copy_project, edited_notebook, replace_in
+from conftest import ROOT, STUDENT, copy_project, edited_notebook
 
 import training
 from report import build, bundle, make, notebooks, sync
@@ -50,7 +50,6 @@ def submission():
 
 COMMANDS = {
     "report": lambda keep: build.report(submission(), keep),
-    "notebooks": lambda keep: build.store_notebooks(submission(), keep),
     "zip": lambda keep: bundle.make_zip(submission(), weights=False, keep=keep),
 }
 
@@ -241,12 +240,9 @@ def test_a_notebook_whose_checksum_is_gone_is_not_judged(edited):
 def test_what_is_no_notebook_is_left_as_it_is(edited, content):
     NOTEBOOK.write_bytes(content)
     for command in COMMANDS.values():
-        with pytest.raises(UserError, match="cannot be read as a notebook"):
+        with pytest.raises(UserError, match="restore it, or delete it"):
             command(None)
     assert NOTEBOOK.read_bytes() == content
-    COMMANDS["notebooks"]("script")
-    [copy] = sync.KEPT.iterdir()
-    assert copy.read_bytes() == content
 
 
 @fault
@@ -256,8 +252,8 @@ def test_tags_come_from_the_script_and_importing_still_only_defines(edited):
         sync.bring_together(SCRIPT, NOTEBOOK)
     assert tags_of(SCRIPT, "def helper") == []
     assert tags_of(SCRIPT, 'print("new_cells")') == ["active-ipynb"]
-    assert tags_of(SCRIPT, "**Figure 2.**") == ["caption"]
-    assert tags_of(NOTEBOOK, "**Figure 2.**") == ["caption"]
+    assert tags_of(SCRIPT, "plot_cost") == ["active-ipynb", "appendix"]
+    assert tags_of(NOTEBOOK, "plot_cost") == ["active-ipynb", "appendix"]
     text = read(SCRIPT)
     assert "\ndef helper(x):\n" in text
     assert '\n# print("new_cells")\n' in text
@@ -272,25 +268,15 @@ def test_tags_come_from_the_script_and_importing_still_only_defines(edited):
 
 
 @fault
-@pytest.mark.parametrize(
-    ("module", "name", "said"),
-    [
-        (notebooks, "execute", "was saved while it was executed"),
-        (sync, "_use_cells", "was saved just now"),
-    ],
-)
-def test_an_edit_in_the_meantime_is_not_overwritten(
-    edited, monkeypatch, module, name, said
-):
-    replace_in(SCRIPT, "The layer", "The graded layer")
-    function = getattr(module, name)
+def test_an_edit_in_the_meantime_is_not_overwritten(edited, monkeypatch):
+    execute = notebooks.execute
 
     def slowly(*arguments):
-        function(*arguments)
+        execute(*arguments)
         edit_notebook(in_a_sentence, "in the meantime")
 
-    monkeypatch.setattr(module, name, slowly)
-    with pytest.raises(UserError, match=said):
+    monkeypatch.setattr(notebooks, "execute", slowly)
+    with pytest.raises(UserError, match="was saved while it was executed"):
         COMMANDS["report"](None)
     assert "in the meantime" in "".join(texts_in(NOTEBOOK))
 
