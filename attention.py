@@ -144,12 +144,11 @@ class SelfAttention2d(SelfAttention):
 # %% [markdown]
 # ## Unit tests
 #
-# The sheet says of its unit tests that they may not be changed. They are not part of
-# this hand-in; the two below check the same facts: the weights of the layer are copied
-# into `nn.MultiheadAttention`, which must return the same tokens on the same kind of
-# input (4 x 256 x 24 x 24), within `rtol=1e-2` and `atol=1e-5`. To run the course's own
-# cells, put `attention.py` beside its notebook and write
-# `from attention import SelfAttention2d` in place of the class.
+# The two tests below check what the course's own check: the weights of the layer are
+# copied into `nn.MultiheadAttention`, which must return the same tokens on the same
+# kind of input (4 x 256 x 24 x 24), within `rtol=1e-2` and `atol=1e-5`. The sheet says
+# that the course's may not be changed; to run them, put `attention.py` beside its
+# notebook and write `from attention import SelfAttention2d` in place of the class.
 
 
 # %%

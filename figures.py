@@ -214,8 +214,9 @@ def plot_cost(sides):
         rows.append((side * side, *count_operations(layer, x), *costs))
     for n, projections, products, kept, seconds in rows:
         print(
-            f"{n:5d} tokens: {projections / 1e6:7.0f} + {products / 1e6:7.0f} million "
-            f"operations, {kept / 2**20:6.1f} MiB kept, {1e3 * seconds:6.1f} ms"
+            f"{n:5d} tokens: {projections / 1e6:5.0f} + {products / 1e6:5.0f} million "
+            "operations (projections + products), "
+            f"{kept / 2**20:6.1f} MiB kept, {1e3 * seconds:6.1f} ms"
         )
     tokens, projections, products, kept, seconds = zip(*rows, strict=True)
     figure, axes = _panels(2.4)

@@ -11,7 +11,6 @@ import argparse
 import math
 
 import dataset
-import figures
 import training
 import vision_transformer as vt
 from attention import choose_device
@@ -57,6 +56,8 @@ def parse_arguments(arguments=None):
 
 def main(arguments=None):
     """Do what the command line asks for; return the exit code."""
+    import figures  # not above: every process that loads images imports this file
+
     given = parse_arguments(arguments)
     device = choose_device()
     try:

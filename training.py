@@ -6,7 +6,8 @@ what the recipe does.
 A run is a folder. While it goes on, that holds a checkpoint, which only this machine
 needs to read. When it is finished, that holds its record: ``history.json``, everything
 that was measured, and ``vision_transformer.safetensors``, the weights. Reading any of
-these files executes nothing.
+these files executes nothing. A ``.lock`` stays in the folder: to delete it while
+another process waits would let two of them train the same run.
 """
 
 import contextlib
@@ -221,17 +222,19 @@ def read_history(folder):
     path = Path(folder, HISTORY_NAME)
     try:
         history = json.loads(path.read_text(encoding="utf-8"))
-        if history["format"] != FORMAT:
-            now = f"has format {history['format']!r}, and {FORMAT} is read here"
-            raise ValueError(now)
-        if history["sha256"] != _history_digest(history):
+        if not isinstance(history, dict):
+            raise ValueError("it holds no JSON object")
+        if history.get("format") != FORMAT:
+            then = history.get("format")
+            raise ValueError(f"it has format {then!r}, and {FORMAT} is read here")
+        if history.get("sha256") != _history_digest(history):
             raise ValueError("its checksum does not match")
     except FileNotFoundError:
         raise UserError(
             f"{path} is missing: there is no finished run in {folder}; "
             "`python train.py` trains one"
         ) from None
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(
             f"{path} cannot be read, or is damaged ({error}): restore it, or train the "
             "run in another folder"

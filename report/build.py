@@ -117,8 +117,8 @@ def store_notebooks(submission, keep=None):
         print(f"{error}\n\nSo {last_stored} is taken with the outputs it has.")
         number = first_not_executed(notebooks.read_notebook(last_stored), transformer)
         if number:
-            print(f"Its cell {number} was edited and is not executed: `make zip` will")
-            print("refuse it, until the data set is there or the edit is undone.")
+            print(f"Its cell {number} is not executed as it is now: `make zip` will")
+            print("refuse it until the data set is there.")
     else:
         executed[last_stored] = _execute(submission, transformer)
     for path in executed:

@@ -40,7 +40,7 @@ else needs Python 3.10 or newer, `pip install -r requirements.txt`, and CIFAR-10
 data/, which is fetched if it is missing.
 
 To run the course's own cells, copy only the two .py files beside its notebooks (those
-here have the same names), and import the classes in place of their cells:
+here have the same names), and import the classes in place of those there:
 `from attention import SelfAttention2d`, `from vision_transformer import ...`.
 """
 

@@ -36,6 +36,10 @@ end
 local function Figure(figure)
   local image
   figure:walk({ Image = function(found) image = found end })
+  if figure.identifier == "" then  -- a plot that nobody has given a caption
+    local picture = '#align(center, image(%s, alt: "a picture without a description"))'
+    return pandoc.RawBlock("typst", picture:format(typst_string(image.src)))
+  end
   return pandoc.RawBlock("typst", string.format(
     "#figure(image(%s, alt: %s), caption: [%s]) <%s>",
     typst_string(image.src), typst_string(pandoc.utils.stringify(image.caption)),

@@ -54,8 +54,8 @@ def read_notebook(path):
     except Exception as error:  # whatever no notebook makes a reader raise
         reason = str(error).split("\n")[0][:80]
         raise UserError(
-            f"{path} cannot be read as a notebook ({reason}): restore it, or delete "
-            "it, and `make report` makes it again"
+            f"{path} cannot be read as a notebook ({reason}): restore it, or move it "
+            "away, and the same command makes another one"
         ) from error
 
 

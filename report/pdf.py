@@ -3,7 +3,6 @@
 import base64
 import contextlib
 import datetime
-import itertools
 import json
 import re
 import shutil
@@ -114,24 +113,23 @@ def to_markdown(notebook, folder, prefix, labels):
     the text says of figures and tables in ``labels`` becomes a link. Returns the text,
     and the sources of the cells tagged ``appendix``.
     """
-    pictures = _drawn(notebook)
-    cells, left_out = [], []
-    for number, cell in enumerate(notebook.cells, 1):
+    drawn = _drawn(notebook)
+    cells, left_out, captioned = [], [], list(map(id, drawn.values()))
+    for cell in notebook.cells:
         cell = cell.copy()
         if cell.cell_type == "code":
-            following = notebook.cells[number : number + 1]
-            if following and FIGURE.match(following[0].source):
-                cell["outputs"] = [out for out in cell.outputs if not _picture(out)]
+            cell["outputs"] = [out for out in cell.outputs if id(out) not in captioned]
             if "appendix" in cell.metadata.get("tags", []):
                 left_out.append(cell.source)
                 cell["metadata"] = {"transient": {"remove_source": True}}
         elif cell.cell_type == "markdown":
             caption = FIGURE.match(cell.source)
-            if caption and caption[1] not in pictures:
+            if caption and caption[1] not in drawn:
                 continue
-            cell["source"] = _with_links(cell.source, labels)
+            source = re.sub(r"(?<=\d)\s%", "\u00a0%", cell.source)  # in one line
+            cell["source"] = _with_links(source, labels)
             if caption:
-                extension, content = pictures[caption[1]]
+                extension, content = _picture(drawn[caption[1]])
                 path = folder / f"{prefix}-{caption[1]}.{extension}"
                 path.write_bytes(content)
                 cell["source"] = _figure(cell.source, path.name, caption[1])
@@ -144,13 +142,13 @@ def to_markdown(notebook, folder, prefix, labels):
 
 
 def _drawn(notebook):
-    """Return the pictures with a caption right behind them, by their numbers."""
-    found = {}
-    for cell, following in itertools.pairwise(notebook.cells):
-        caption = FIGURE.match(following.source)
-        for picture in filter(None, map(_picture, cell.get("outputs", []))):
-            if caption:
-                found[caption[1]] = picture
+    """Return the outputs with pictures that have a caption, by the number it gives."""
+    found, pictures = {}, []
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            pictures = list(filter(_picture, cell.outputs))
+        elif FIGURE.match(cell.source) and pictures:
+            found[FIGURE.match(cell.source)[1]] = pictures[-1]
     return found
 
 

@@ -98,7 +98,11 @@ def check_student(surname, given_name, matriculation_number):
 
 def _letters_and_hyphens(name):
     """Return the nearest spelling of letters and single hyphens between them."""
-    kept = "".join(c if _is_letter(c) else " " for c in name if c not in APOSTROPHES)
+    kept = "".join(
+        c if _is_letter(c) else " "
+        for c in name
+        if c not in APOSTROPHES and unicodedata.category(c) != "Cf"
+    )
     # A mark belongs to the letter before it, and cannot begin a part
     marks = "".join(c for c in kept if unicodedata.category(c)[0] == "M")
     return "-".join(filter(None, (part.lstrip(marks) for part in kept.split())))

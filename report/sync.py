@@ -169,13 +169,20 @@ def _copy(path):
 def _use_cells(notebook, ours):
     """Give a notebook the cells of a script, in place; equal code keeps its outputs."""
     executed = {text_of(c): c for c in notebook.cells if c.cell_type == "code"}
-    if any(map(is_injected, notebook.cells)):
-        notebook.metadata.pop("provenance", None)  # to be executed with them again
+    injected = [
+        (cell, notebook.cells[place - 1].source)
+        for place, cell in enumerate(notebook.cells)
+        if is_injected(cell)
+    ]
     for cell in ours.cells:
         if cell.cell_type == "code" and text_of(cell) in executed:
             same = executed[text_of(cell)]
             cell.update(outputs=same.outputs, execution_count=same.execution_count)
     notebook.cells = ours.cells
+    for cell, before in injected:
+        sources = [other.source for other in notebook.cells]
+        place = sources.index(before) + 1 if before in sources else len(sources)
+        notebook.cells.insert(place, cell)
 
 
 def _script_with_cells(ours, theirs, notebook):

@@ -210,13 +210,19 @@ def test_it_is_accessible_as_pdf_ua_1_asks(report_pdf):
 
 
 def test_a_plot_of_one_s_own_is_shown_without_a_caption_too(tmp_path):
-    source = "import matplotlib.pyplot as plt\nplt.plot([1]);"
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])
-    notebooks.execute(notebook, "x.ipynb")
+    picture = nbformat.v4.new_output("display_data", {"image/svg+xml": "<svg/>"})
+    cells = [
+        nbformat.v4.new_code_cell("draw twice", outputs=[picture.copy(), picture]),
+        nbformat.v4.new_markdown_cell("A sentence."),
+        nbformat.v4.new_markdown_cell("**Figure 1.** The second. <!-- alt: It. -->"),
+    ]
+    notebook = nbformat.v4.new_notebook(cells=cells)
     text, _ = pdf.to_markdown(notebook, tmp_path, "mine", set())
-    [name] = re.findall(r"!\[.*?\]\((.*?)\)", text)
-    assert (tmp_path / name).read_bytes()
-    assert "alt:" in pdf.to_typst(text)
+    typeset = pdf.to_typst(text)
+    names = re.findall(r'image\("(.*?)", alt: "(.*?)"\)', typeset)
+    assert [alt for _, alt in names] == ["a picture without a description", "It."]
+    assert all((tmp_path / name).read_text("utf-8") == "<svg/>" for name, _ in names)
+    assert "<>" not in typeset
 
 
 def test_the_same_input_gives_the_same_bytes(project):
@@ -548,7 +554,7 @@ def test_without_data_the_report_takes_recorded_outputs(
 
     replace_in("vision_transformer.py", "p, rows = ", "q, p, rows = 0, ")
     build.report(shown())
-    number = re.search(r"Its cell (\d+) was edited", capsys.readouterr().out)[1]
+    number = re.search(r"Its cell (\d+) is not executed", capsys.readouterr().out)[1]
     with pytest.raises(UserError, match=f"cell {number}: .* with CIFAR-10 in data"):
         bundle.make_zip(shown(), weights=False)
 

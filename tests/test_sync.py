@@ -8,7 +8,7 @@ from pathlib import Path
 import jupytext
 import nbformat
 import pytest
-from conftest import ROOT, STUDENT, copy_project, edited_notebook
+from conftest import ROOT, STUDENT, copy_project, edited_notebook, replace_in
 
 import training
 from report import build, bundle, make, notebooks, sync
@@ -240,7 +240,7 @@ def test_a_notebook_whose_checksum_is_gone_is_not_judged(edited):
 def test_what_is_no_notebook_is_left_as_it_is(edited, content):
     NOTEBOOK.write_bytes(content)
     for command in COMMANDS.values():
-        with pytest.raises(UserError, match="restore it, or delete it"):
+        with pytest.raises(UserError, match="restore it, or move it away"):
             command(None)
     assert NOTEBOOK.read_bytes() == content
 
@@ -354,3 +354,7 @@ def test_another_run_is_shown_and_what_was_injected_gets_into_no_script(edited):
     cells = nbformat.read(path, as_version=4).cells
     [again] = [cell.source for cell in cells if "RECORD = 'mine'" in cell.source]
     assert "an edit that" not in again
+    replace_in(script, "## Plots", "## The plots")
+    sync.bring_together(script, path)
+    texts = [cell.source for cell in nbformat.read(path, as_version=4).cells]
+    assert sum("Another run is sh" in text for text in texts) == 1, "it stays"
