@@ -109,7 +109,9 @@ def execute(notebook, name, timeout=CELL_SECONDS):
     else:
         notebook.metadata["provenance"] = _where_and_when()
         return
-    found = re.findall(rf"Cell In\[{cell.execution_count}\], line (\d+)", traceback)
+    found = re.findall(
+        rf"Cell In\[{cell.get('execution_count')}\], line (\d+)", traceback
+    )
     line = int(found[-1]) if found else 1
     text = cell.source.split("\n")[line - 1].strip()
     raise UserError(

@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import re
+from unittest import mock
 
 import nbformat
 import pytest
@@ -84,6 +85,16 @@ def test_a_failing_cell_is_named(source, line, said):
     text = source.splitlines()[line - 1]
     expected = f"x.ipynb, cell 2, line {line}:\n    {text}\n{said}"
     assert str(caught.value).startswith(expected)
+
+
+@pytest.mark.fault("failing notebook cell")
+def test_a_kernel_that_does_not_start_is_named(monkeypatch):
+    error = RuntimeError("Kernel didn't respond in 60 seconds")
+    setup_kernel = mock.Mock(side_effect=error)
+    monkeypatch.setattr(notebooks.NotebookClient, "setup_kernel", setup_kernel)
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("# A")])
+    with pytest.raises(UserError, match=r"the kernel died, .* or does not answer"):
+        notebooks.execute(notebook, "x.ipynb")
 
 
 CTRL_C = """
