@@ -11,7 +11,7 @@ import argparse
 import math
 
 import dataset
-import training
+import records
 import vision_transformer as vt
 from attention import choose_device
 
@@ -37,7 +37,7 @@ def parse_arguments(arguments=None):
     )
     parser.add_argument(
         "--preset",
-        choices=training.PRESETS,
+        choices=records.PRESETS,
         default="default",
         help="quick: fewer epochs, smaller batches",
     )
@@ -64,26 +64,26 @@ def main(arguments=None):
         if given.verify:
             model = vt.VisionTransformer().to(device)
             if given.run:
-                training.read_history(given.run)  # not one that lies beside
-            folder = given.run or training.RECORD
+                records.read_history(given.run)  # not one that lies beside
+            folder = given.run or records.RECORD
             wanted = {"dataset": vt.CIFAR10.__name__}  # a demo's images are not here
-            model, history = training.load_record(folder, wanted, model)
+            model, history = records.load_record(folder, wanted, model)
             if model is not None:
                 dataset.fetch(vt.CIFAR10, given.cache_dir)
         else:
             own = {
                 key: getattr(given, key)
-                for key in training.PRESETS["default"]
+                for key in records.PRESETS["default"]
                 if getattr(given, key, None) is not None
             }
-            settings = {**training.PRESETS[given.preset], **own}
+            settings = {**records.PRESETS[given.preset], **own}
             model, history = vt.train_run(settings, given.cache_dir, device, given.run)
-        print(training.summary(history))
+        print(records.summary(history))
         predictions = figures.predict_test_images(
             vt.CIFAR10, given.cache_dir, model, device
         )
         return 0 if predictions and figures.verify(history, predictions) else 1
-    except training.UserError as error:
+    except records.UserError as error:
         print(f"error: {error}")
         return 1
     except KeyboardInterrupt:

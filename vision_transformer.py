@@ -67,7 +67,7 @@ from attention import SelfAttention, run_unit_tests
 # %% tags=["active-ipynb", "appendix"]
 # %config InlineBackend.figure_formats = ["svg", "png"]
 # import figures
-# import training
+# import records
 # from attention import choose_device
 #
 # device = choose_device()
@@ -526,7 +526,7 @@ def predict(model, loader, device):
 
 
 def train(model, train_loader, val_loader, lr, n_epochs, device, run):
-    """Train a model by the recipe; return the history, see ``training.read_history``.
+    """Train a model by the recipe; return the history, see ``records.read_history``.
 
     ``run`` is a ``training.Run``, which knows how many epochs are done already.
     """
@@ -548,10 +548,11 @@ def train(model, train_loader, val_loader, lr, n_epochs, device, run):
 def train_run(settings, cache_dir, device, folder=None):
     """Train a model from its seed, or continue, and record it; return it and history.
 
-    ``settings`` are those of ``training.PRESETS``. A run that is finished is loaded.
+    ``settings`` are those of ``records.PRESETS``. A run that is finished is loaded.
     """
     from dataset import fetch
-    from training import Run, load_record
+    from records import load_record
+    from training import Run
 
     torch.manual_seed(settings["seed"])
     model = VisionTransformer().to(device)
@@ -581,8 +582,8 @@ def train_run(settings, cache_dir, device, folder=None):
 #     model, history = train_run(settings, DATASET_CACHE_DIR, device)
 # else:
 #     model = VisionTransformer().to(device)
-#     model, history = training.load_record(RECORD, settings, model)
-# print(training.summary(history))
+#     model, history = records.load_record(RECORD, settings, model)
+# print(records.summary(history))
 
 # %% [markdown]
 # ## Plots

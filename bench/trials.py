@@ -32,14 +32,14 @@ import vision_transformer as ours  # noqa: E402
 from attention import choose_device  # noqa: E402
 from dataset import fetch  # noqa: E402
 from figures import calibration  # noqa: E402
-from training import (  # noqa: E402
+from records import (  # noqa: E402
     PRESETS,
-    Run,
     UserError,
     load_record,
     processor_name,
     write_whole,
 )
+from training import Run  # noqa: E402
 
 FOLDER = ROOT / "bench" / "trials"
 RUNS = ROOT / "build" / "trials"

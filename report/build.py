@@ -9,6 +9,15 @@ import nbformat
 from torchvision.datasets import CIFAR10
 
 from dataset import fetch
+from records import (
+    HISTORY_NAME,
+    PRESETS,
+    RECORD,
+    UserError,
+    checksum,
+    describe,
+    read_history,
+)
 from report import notebooks
 from report.demo_data import DemoCIFAR10
 from report.pdf import make_pdf, use_system_fonts
@@ -19,15 +28,6 @@ from report.sync import (
     cell_checksums,
     code_checksums,
     first_not_executed,
-)
-from training import (
-    HISTORY_NAME,
-    PRESETS,
-    RECORD,
-    UserError,
-    checksum,
-    describe,
-    read_history,
 )
 
 BUILD = Path("build")

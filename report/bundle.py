@@ -8,18 +8,11 @@ import zipfile
 from io import BytesIO
 from pathlib import Path
 
+from records import FORMER, HISTORY_NAME, WEIGHTS_NAME, UserError, checksum, write_whole
 from report.notebooks import read_notebook
 from report.pdf import LISTINGS, make_pdf
 from report.student import tomllib
 from report.sync import SCRIPTS, bring_together, first_not_executed, provenance
-from training import (
-    FORMER,
-    HISTORY_NAME,
-    WEIGHTS_NAME,
-    UserError,
-    checksum,
-    write_whole,
-)
 
 DIST = Path("dist")
 TEST_SECONDS = 300

@@ -212,7 +212,7 @@ def run_program(name):
 
 def run_own(name):
     """Run a command of this folder; say what the user can put right in a sentence."""
-    from training import RECORD, UserError
+    from records import RECORD, UserError
 
     keep, weights = os.environ.get("KEEP"), os.environ.get("WEIGHTS", "1")
     try:

@@ -14,15 +14,15 @@ import pypandoc
 import typst
 from nbconvert import MarkdownExporter
 
+from records import UserError, write_whole
 from report.notebooks import read_notebook
 from report.sync import provenance
 from report.tables import FIGURE, origin, points, trials
-from training import UserError, write_whole
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 # Complete, in the appendix
-LISTINGS = ("figures.py", "training.py", "dataset.py", "train.py")
+LISTINGS = ("figures.py", "records.py", "training.py", "dataset.py", "train.py")
 IMAGE_TYPES = {"image/svg+xml": "svg", "image/png": "png"}
 
 

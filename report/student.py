@@ -5,7 +5,7 @@ import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 
-from training import UserError
+from records import UserError
 
 try:
     import tomllib

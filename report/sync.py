@@ -12,12 +12,14 @@ from pathlib import Path
 
 import jupytext
 
+from records import UserError, checksum, write_whole
 from report.notebooks import is_injected, read_notebook, read_script, store
-from training import UserError, checksum, write_whole
 
 SCRIPTS = (Path("attention.py"), Path("vision_transformer.py"))
 # Which the notebooks import
-LIBRARIES = (Path("dataset.py"), Path("figures.py"), Path("training.py"))
+LIBRARIES = tuple(
+    Path(f"{name}.py") for name in ("dataset", "figures", "records", "training")
+)
 KEPT = Path("build", "kept")  # copies of what had to give way
 NOTEBOOK_ONLY = "active-ipynb"  # the tag of cells that are comments in the script
 LIKE = 0.6  # how alike an edited cell and the one that it was have to be

@@ -8,14 +8,8 @@ from pathlib import Path
 from torchvision.datasets import CIFAR10
 
 from dataset import ARCHIVE_MD5, is_present
+from records import QUICK_RECORD, describe, finished, first_epoch_at, read_history
 from report.sync import edited_since, provenance
-from training import (
-    QUICK_RECORD,
-    describe,
-    finished,
-    first_epoch_at,
-    read_history,
-)
 
 ROOT = Path(__file__).parent.parent
 TRIALS = ROOT / "bench" / "trials"

@@ -12,8 +12,8 @@ import nbformat
 import pytest
 import torch
 
+import records
 import report.demo_data
-import training
 import vision_transformer
 from report import notebooks
 from report.build import Submission
@@ -98,7 +98,7 @@ def reported(tmp_path_factory):
     folder = copy_project(tmp_path_factory.mktemp("reported") / "project")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        make_pdf(Submission.of(training.RECORD, STUDENT))
+        make_pdf(Submission.of(records.RECORD, STUDENT))
     return folder
 
 

@@ -14,8 +14,8 @@ from conftest import only_files
 from torchvision.datasets import CIFAR10
 
 import dataset
+from records import UserError
 from report import make
-from training import UserError
 
 
 class TinyCIFAR10(CIFAR10):

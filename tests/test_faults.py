@@ -24,9 +24,10 @@ from conftest import ROOT, only_files
 from small_run import alive, small_model
 from test_training import FOLDER, go_on, load
 
+import records
 import training
 from attention import SelfAttention2d
-from training import UserError
+from records import UserError
 from vision_transformer import FeedForwardBlock, SelfAttentionTransformerBlock
 
 fault = pytest.mark.fault
@@ -65,8 +66,8 @@ def uninterrupted(tmp_path_factory):
 
 def record_in(folder):
     [run] = (folder / training.RUNS).iterdir()
-    assert only_files(run) == [training.HISTORY_NAME, training.WEIGHTS_NAME]
-    return training.read_history(run), (run / training.WEIGHTS_NAME).read_bytes()
+    assert only_files(run) == [records.HISTORY_NAME, records.WEIGHTS_NAME]
+    return records.read_history(run), (run / records.WEIGHTS_NAME).read_bytes()
 
 
 @posix
@@ -211,7 +212,7 @@ def test_a_damaged_checkpoint_is_never_trusted(workplace, record_property):
 
 
 @fault("damaged checkpoint or record")
-@pytest.mark.parametrize("name", [training.HISTORY_NAME, training.WEIGHTS_NAME])
+@pytest.mark.parametrize("name", [records.HISTORY_NAME, records.WEIGHTS_NAME])
 def test_a_damaged_record_is_never_trusted(workplace, name, record_property):
     run = go_on(small_model())
     path = run.folder / name
@@ -223,7 +224,7 @@ def test_a_damaged_record_is_never_trusted(workplace, name, record_property):
         except UserError as error:
             assert "restore" in str(error)
         else:  # 1e-05 and 1E-05 are the same number
-            assert name == training.HISTORY_NAME
+            assert name == records.HISTORY_NAME
             assert history == run.history
     record_property("cases", len(cases))
 
@@ -231,7 +232,7 @@ def test_a_damaged_record_is_never_trusted(workplace, name, record_property):
 @fault("damaged checkpoint or record")
 def test_an_older_format_is_named(workplace):
     history = {**go_on(small_model()).history, "format": 0}
-    (FOLDER / training.HISTORY_NAME).write_text(json.dumps(history), encoding="utf-8")
+    (FOLDER / records.HISTORY_NAME).write_text(json.dumps(history), encoding="utf-8")
     with pytest.raises(UserError, match="has format 0, and 2 is read"):
         load(small_model())
 
@@ -439,11 +440,11 @@ def test_a_pickle_is_never_executed(workplace, content):
     with pytest.raises(UserError, match="is damaged"):
         training.read_checkpoint(path)
     path.unlink()
-    for name in (training.WEIGHTS_NAME, training.HISTORY_NAME):
+    for name in (records.WEIGHTS_NAME, records.HISTORY_NAME):
         (FOLDER / name).write_bytes(content)
         with pytest.raises(UserError, match="restore"):
             load(small_model())
     assert only_files(workplace) == [
-        f"{FOLDER}/{training.HISTORY_NAME}",
-        f"{FOLDER}/{training.WEIGHTS_NAME}",
+        f"{FOLDER}/{records.HISTORY_NAME}",
+        f"{FOLDER}/{records.WEIGHTS_NAME}",
     ]

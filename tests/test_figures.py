@@ -18,7 +18,7 @@ from matplotlib.text import Text
 import figures
 import report.demo_data
 from attention import SelfAttention2d
-from training import FORMER, PRESETS
+from records import FORMER, PRESETS
 from vision_transformer import VisionTransformer
 
 TEMPLATE = (ROOT / "report" / "template.typ").read_text(encoding="utf-8")

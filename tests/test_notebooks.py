@@ -10,8 +10,8 @@ import nbformat
 import pytest
 from conftest import ROOT, run_script
 
+from records import UserError
 from report import notebooks, sync
-from training import UserError
 
 NAMES = ("attention", "vision_transformer")
 

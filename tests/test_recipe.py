@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 from torchvision import transforms as T
 
 import dataset
+import records
 import training
 import vision_transformer
 from report.demo_data import DemoCIFAR10
@@ -123,7 +124,7 @@ def test_default_parameters_are_the_recipe():
     assert v.DATASET_CACHE_DIR == "./data"
     assert (v.BATCH_SIZE, v.LR, v.N_EPOCHS) == (128, 3e-4, 50)
     given = {"batch_size": v.BATCH_SIZE, "lr": v.LR, "n_epochs": v.N_EPOCHS}
-    assert training.PRESETS["default"] == {"dataset": "CIFAR10", **given, "seed": 0}
+    assert records.PRESETS["default"] == {"dataset": "CIFAR10", **given, "seed": 0}
 
 
 def test_training_works_where_workers_are_spawned(demo_data, workplace):

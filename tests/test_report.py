@@ -21,12 +21,12 @@ from conftest import ROOT, STUDENT, edited_notebook, only_files, replace_in, run
 
 import attention
 import dataset
-import training
+import records
 import vision_transformer
+from records import UserError
 from report import build, bundle, make, notebooks, pdf, tables
 from report.build import Submission
 from report.student import check_student
-from training import UserError
 
 DRAFT = check_student("Surname", "Given Name", "00000000")
 NOTEBOOKS = [ROOT / "attention.ipynb", ROOT / "vision_transformer.ipynb"]
@@ -61,7 +61,7 @@ def source_of(name):
 
 def shown(student=STUDENT, **changes):
     """What `make report` shows in the working directory."""
-    return dataclasses.replace(Submission.of(training.RECORD, student), **changes)
+    return dataclasses.replace(Submission.of(records.RECORD, student), **changes)
 
 
 # --- The PDF -------------------------------------------------------------------------
@@ -251,7 +251,7 @@ def test_the_appendix_shows_every_trial_and_seed(report_pdf):
 
 def test_seeds_have_mean_and_spread():
     runs = [
-        {**training.PRESETS["quick"], "seed": seed, "val_accs": accuracies}
+        {**records.PRESETS["quick"], "seed": seed, "val_accs": accuracies}
         for seed, accuracies in ((1, [0.6, 0.71, 0.7]), (2, [0.5, 0.6, 0.68]))
     ]
     table = tables._seeds([{**run, "val_accs_eval": [0.75]} for run in runs])
@@ -279,7 +279,7 @@ def test_names_of_any_script_are_printed_or_refused(surname):
 EXPECTED = {
     *("attention.ipynb", "attention.py"),
     *("vision_transformer.ipynb", "vision_transformer.py"),
-    *("figures.py", "training.py", "dataset.py", "train.py"),
+    *("figures.py", "records.py", "training.py", "dataset.py", "train.py"),
     *("history.json", "vision_transformer.safetensors"),
     *("README.txt", "requirements.txt"),
     "Müller-Lüdenscheidt-12345678.pdf",
@@ -307,7 +307,7 @@ def test_the_zip_is_what_moodle_wants_and_works_alone(project, tmp_path, capfd):
     subprocess.run(command, cwd=folder, check=True, capture_output=True, timeout=300)
     notebook = nbformat.read(folder / "vision_transformer.ipynb", as_version=4)
     outputs = str([cell.get("outputs") for cell in notebook.cells])
-    accuracy = training.read_history(folder)["val_accs_eval"][-1]
+    accuracy = records.read_history(folder)["val_accs_eval"][-1]
     assert f"{accuracy:.4f} (eval)" in outputs, "the recorded run is found"
     assert "Not shown (position similarity)" not in outputs, "and its weights"
     assert "not classified: no CIFAR-10 in ./data" in outputs
@@ -320,7 +320,7 @@ def test_the_same_content_is_the_same_zip(project, monkeypatch):
     content = bundle.make_zip(shown(), weights=False).read_bytes()
     assert bundle.make_zip(shown(), weights=False).read_bytes() == content
     with zipfile.ZipFile(io.BytesIO(content)) as file:
-        assert set(file.namelist()) == EXPECTED - {training.WEIGHTS_NAME}
+        assert set(file.namelist()) == EXPECTED - {records.WEIGHTS_NAME}
 
 
 @pytest.mark.parametrize(
@@ -354,7 +354,7 @@ def test_what_has_to_be_executed_or_trained_is_refused(project, spoil, said):
         with edited_notebook("vision_transformer.ipynb") as book:
             book.metadata["provenance"]["record"] = "0"
     elif spoil == "no weights":
-        (submission.run / training.WEIGHTS_NAME).unlink()
+        (submission.run / records.WEIGHTS_NAME).unlink()
     made = shown().pdf.read_bytes()
     before = project / "dist" / f"{submission.student.stem}.zip"
     before.parent.mkdir()
@@ -503,13 +503,13 @@ def test_a_step_of_the_setup_that_fails_is_named():
 def test_the_readme_shows_what_the_records_say():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     paths = sorted((ROOT / "report").glob("*/history.json"))
-    assert ROOT / training.RECORD / training.HISTORY_NAME in paths
+    assert ROOT / records.RECORD / records.HISTORY_NAME in paths
     for path in paths:
-        history = training.read_history(path.parent)
+        history = records.read_history(path.parent)
         recipe, evaluated = (history[key][-1] for key in ("val_accs", "val_accs_eval"))
         row = f"| {100 * recipe:.2f} % | {100 * evaluated:.2f} % | "
-        row += f"{training.first_epoch_at(history['val_accs'], 0.7)} | "
-        row += f"{training.hours(history):.1f} h |"
+        row += f"{records.first_epoch_at(history['val_accs'], 0.7)} | "
+        row += f"{records.hours(history):.1f} h |"
         assert row in readme
     costs = json.loads((ROOT / "bench" / "commands.json").read_text(encoding="utf-8"))
     cost = {entry["command"]: entry for entry in costs["commands"]}
@@ -594,7 +594,7 @@ def test_the_demo_works_and_touches_nothing_tracked(project):
     assert "DEMO DATA" in first
     assert "Figure 6. " in "".join(others)
     assert "Figure 7. " not in "".join(others), "no caption without its picture"
-    history = training.read_history(folder / "run")
+    history = records.read_history(folder / "run")
     assert history["val_accs"][-1] > 0.5, "it visibly learns"
     outputs = (folder / "vision_transformer.ipynb").read_text(encoding="utf-8")
     assert "Not shown (patches" not in outputs

@@ -12,8 +12,8 @@ import pytest
 import torch
 from conftest import ROOT, only_files, replace_in, run_script
 
+import records
 import train
-import training
 
 GRADED = ("attention.py", "vision_transformer.py")
 ALLOWED = {"torch", "torchvision", "einops", "attention"} | sys.stdlib_module_names
@@ -90,18 +90,18 @@ def test_bad_arguments_are_refused(arguments, said, capsys):
 
 
 def test_verify_refuses_a_demo(workplace, capsys):
-    history = training.read_history(ROOT / "report" / "run")
+    history = records.read_history(ROOT / "report" / "run")
     history["dataset"] = "DemoCIFAR10"
-    history["sha256"] = training._history_digest(history)
+    history["sha256"] = records.history_digest(history)
     (workplace / "history.json").write_text(json.dumps(history), encoding="utf-8")
     assert train.main(["--verify", "--run", str(workplace)]) == 1
     assert "dataset = 'DemoCIFAR10', not 'CIFAR10'" in capsys.readouterr().out
 
 
 def test_train_does_what_the_command_line_asks_for(workplace, monkeypatch, capsys):
-    train_run = mock.Mock(side_effect=training.UserError("that is all"))
+    train_run = mock.Mock(side_effect=records.UserError("that is all"))
     monkeypatch.setattr(train.vt, "train_run", train_run)
-    default, quick = (training.PRESETS[name] for name in ("default", "quick"))
+    default, quick = (records.PRESETS[name] for name in ("default", "quick"))
     for arguments, settings, folder in (
         ("", default, None),
         ("--preset quick --run mine", quick, "mine"),

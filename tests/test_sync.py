@@ -10,10 +10,10 @@ import nbformat
 import pytest
 from conftest import ROOT, STUDENT, copy_project, edited_notebook, replace_in
 
-import training
+import records
+from records import UserError
 from report import build, bundle, make, notebooks, sync
 from report.build import Submission
-from training import UserError
 
 SCRIPT, NOTEBOOK = Path("attention.py"), Path("attention.ipynb")
 SIDES = make.CHOICES["KEEP"]
@@ -45,7 +45,7 @@ def edited(light, tmp_path, executed, monkeypatch):
 
 
 def submission():
-    return Submission.of(training.RECORD, STUDENT)
+    return Submission.of(records.RECORD, STUDENT)
 
 
 COMMANDS = {
@@ -331,9 +331,9 @@ def test_a_script_as_windows_editors_save_it_is_no_edit(edited, end):
 
 @fault
 def test_another_run_is_shown_and_what_was_injected_gets_into_no_script(edited):
-    history = {**training.read_history(ROOT / training.RECORD), "batch_size": 64}
-    history["sha256"] = training._history_digest(history)
-    training.write_whole(Path("mine", "history.json"), json.dumps(history).encode())
+    history = {**records.read_history(ROOT / records.RECORD), "batch_size": 64}
+    history["sha256"] = records.history_digest(history)
+    records.write_whole(Path("mine", "history.json"), json.dumps(history).encode())
     other = Submission.of("mine", STUDENT)
     build.store_notebooks(other)
     path, script = other.notebooks[1], Path("vision_transformer.py")

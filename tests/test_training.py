@@ -11,8 +11,9 @@ import torch
 from conftest import only_files
 from small_run import alive, small_model
 
+import records
 import training
-from training import UserError
+from records import UserError
 
 # --- Checkpoints ---------------------------------------------------------------------
 
@@ -37,7 +38,7 @@ def go_on(model, n_epochs=1, stop_after=None, **settings):
 
 
 def load(model, **settings):
-    return training.load_record(FOLDER, settings, model)
+    return records.load_record(FOLDER, settings, model)
 
 
 def with_other_norm():
@@ -121,11 +122,11 @@ def test_a_batch_that_holds_more_than_all_images_is_refused(workplace):
 def test_a_write_that_fails_costs_nothing_stored(
     workplace, monkeypatch, owner, name, number
 ):
-    training.write_whole("file", b"old")
+    records.write_whole("file", b"old")
     error = OSError(number, os.strerror(number))
     with monkeypatch.context() as patch, pytest.raises(UserError, match=error.strerror):
         patch.setattr(owner, name, mock.Mock(side_effect=error))
-        training.write_whole("file", b"new")
+        records.write_whole("file", b"new")
     assert Path("file").read_bytes() == b"old"
     assert only_files(Path()) == ["file"]
 
@@ -135,7 +136,7 @@ def test_a_write_that_fails_costs_nothing_stored(
 
 def test_a_record_without_weights_is_checked_alike(workplace):
     run = go_on(small_model())
-    Path(FOLDER, training.WEIGHTS_NAME).unlink()
+    Path(FOLDER, records.WEIGHTS_NAME).unlink()
     assert load(small_model()) == (None, run.history)
     with pytest.raises(UserError, match="drops out"):
         load(small_model(p_dropout=0.1))
@@ -145,7 +146,7 @@ def test_the_summary_says_when_the_marks_were_reached(workplace):
     history = go_on(small_model()).history
     history |= {"dataset": "CIFAR10", "batch_size": 16, "lr": 1e-3}
     history |= {"val_accs": [0.2, 0.5, 0.6, 0.5], "epoch_seconds": [1800] * 4}
-    said = training.summary(history)
+    said = records.summary(history)
     assert "0.5000 (recipe), 0.6000 (eval)" in said
     assert "25% by the recipe's measure: 0.5000 in epoch 2, after 1.00 h" in said
     assert "50% by the recipe's measure: 0.5000 in epoch 2, after 1.00 h" in said
@@ -153,4 +154,4 @@ def test_the_summary_says_when_the_marks_were_reached(workplace):
 
 
 def test_hours_leave_out_a_night_of_sleep():
-    assert training.hours({"epoch_seconds": [3600, 3600, 36_000]}) == 3
+    assert records.hours({"epoch_seconds": [3600, 3600, 36_000]}) == 3

@@ -10,7 +10,7 @@ import torch
 from conftest import ROOT
 from small_run import alive
 
-import training
+import records
 
 sys.path.insert(0, str(ROOT / "bench"))
 import trials
@@ -18,11 +18,11 @@ import trials
 
 def test_every_record_is_of_a_trial_that_is_listed_and_was_finished():
     listed = {trial.path: asdict(trial) for trial in trials.TRIALS}
-    quick = {**training.PRESETS["quick"], "format": training.FORMAT}
+    quick = {**records.PRESETS["quick"], "format": records.FORMAT}
     listed |= {trials.seed_path(seed): {**quick, "seed": seed} for seed in trials.SEEDS}
-    records = sorted(trials.FOLDER.glob("[!i]*.json"))  # init: of an earlier version
-    assert records
-    for path in records:
+    paths = sorted(trials.FOLDER.glob("[!i]*.json"))  # init: of an earlier version
+    assert paths
+    for path in paths:
         record, settings = json.loads(path.read_text(encoding="utf-8")), listed[path]
         assert {key: record[key] for key in settings} == settings
         accuracies = record.get("held_out_accs") or record["val_accs"]
@@ -74,8 +74,8 @@ PATCH, POSITION = "patch_embedding.weight", "position_embedding"
 )
 def test_variants_begin_as_their_names_say(name, parameter, factor, like):
     variant, model = (trials.MODELS[each]() for each in (name, MODEL))
-    begins = training.traits(variant)["begins"][parameter]
-    expected = factor * training.traits(model)["begins"][like]
+    begins = records.traits(variant)["begins"][parameter]
+    expected = factor * records.traits(model)["begins"][like]
     assert begins == pytest.approx(expected, rel=0.05)
 
 
@@ -91,7 +91,7 @@ def test_variants_are_built_as_their_names_say():
     assert out.mean(-1).abs().max() < 1e-4
     assert (out.var(-1) - 1).abs().max() < 0.05
     active = {
-        name: [p for p in training.traits(make[name]())["drops_out"].values() if p]
+        name: [p for p in records.traits(make[name]())["drops_out"].values() if p]
         for name in make
     }
     assert active[MODEL] == active["post-norm"] == [0.2] * 12

@@ -1,0 +1,283 @@
+"""Records of training runs: how they are checked and read, and how files are written.
+
+A finished run is a folder with its record: ``history.json``, everything that was
+measured, and ``vision_transformer.safetensors``, the weights. Reading them executes
+nothing.
+"""
+
+import contextlib
+import copy
+import hashlib
+import json
+import math
+import os
+import platform
+import statistics
+from pathlib import Path
+
+import safetensors.torch
+import torch
+
+# The run of the exercise, and one for those who train without a GPU
+DEFAULT = {
+    "dataset": "CIFAR10",
+    "batch_size": 128,
+    "lr": 3e-4,
+    "n_epochs": 50,
+    "seed": 0,
+}
+QUICK = {**DEFAULT, "batch_size": 32, "lr": 2e-4, "n_epochs": 13}  # chosen by trials
+PRESETS = {"default": DEFAULT, "quick": QUICK}
+RECORD, QUICK_RECORD = Path("report", "run"), Path("report", "quick")
+FORMER = Path("bench", "former", "default.json")  # of an earlier version
+HISTORY_NAME = "history.json"
+WEIGHTS_NAME = "vision_transformer.safetensors"
+PROBE_TOLERANCE = 1e-3
+FORMAT = 2  # of what is stored; raise it when older files can no longer be read
+
+
+class UserError(Exception):
+    """Something that the user can put right; the message says how, in one sentence."""
+
+
+# --- Files ------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def file_errors(path):
+    """Say in one sentence what the operating system refuses."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{path} could not be read or written ({error.strerror or error}): make "
+            "room, or close what uses it, and type the same command again; what was "
+            "stored before is untouched"
+        ) from error
+
+
+def write_whole(path, content):
+    """Write bytes to a file so that it is there whole or not at all."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    with file_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def checksum(path):
+    """Return the SHA-256 of a file in hexadecimal digits, empty if there is none."""
+    path = Path(path)
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+
+
+# --- Records ----------------------------------------------------------
+
+
+@torch.no_grad()
+def probe(model):
+    """Return the logits of a model for four seeded images, as nested lists.
+
+    They identify the weights together with the architecture: a layer norm left out or
+    patches read in another order change them, although all shapes fit.
+    """
+    images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    return copy.deepcopy(model).cpu().float().eval()(images).tolist()
+
+
+def traits(model):
+    """Return what weights do not show: how a new model begins, where it drops out.
+
+    The root mean square of every parameter, and p of every dropout, by their names.
+    """
+    return {
+        "begins": {
+            name: values.detach().cpu().double().square().mean().sqrt().item()
+            for name, values in model.named_parameters()
+        },
+        "drops_out": {
+            name: module.p
+            for name, module in model.named_modules()
+            if isinstance(module, torch.nn.Dropout)
+        },
+    }
+
+
+def check_is_of(path, history, settings, model):
+    """Refuse a history of other settings, or of another model than this new one."""
+    for name, value in settings.items():
+        if history.get(name) != value:
+            raise UserError(
+                f"{path} is of a run with {name} = {history.get(name)!r}, not "
+                f"{value!r}: name its folder and its settings together, or train yours "
+                "in another folder"
+            )
+    now = traits(model)
+    sizes = {name: values.numel() for name, values in model.named_parameters()}
+    for kind, words in (("begins", "begins with"), ("drops_out", "drops out")):
+        for name in sorted(now[kind].keys() | history[kind].keys()):
+            here, there = now[kind].get(name, 0), history[kind].get(name, 0)
+            # Root mean squares of n values from two seeds differ by about 1 / sqrt(n)
+            tolerance = min(0.9, 5 / math.sqrt(sizes.get(name, math.inf)))
+            if not math.isclose(here, there, rel_tol=tolerance):
+                raise UserError(
+                    f"{path} is of another model, in which {name} {words} {there:.2g}, "
+                    f"not {here:.2g}: restore the code of that model, or train this "
+                    "one in another folder"
+                )
+
+
+def load_weights(model, state, logits, source):
+    """Load a state dict, and check that the model answers ``probe`` as it did.
+
+    Raises ``UserError`` if these are not its weights.
+    """
+    try:
+        model.load_state_dict(state)
+        now, then = torch.tensor(probe(model)), torch.tensor(logits)
+        difference = (now - then).abs().max().item()
+        if not difference <= PROBE_TOLERANCE:
+            raise RuntimeError(
+                f"its logits differ by {difference:.2g}, {PROBE_TOLERANCE:g} would be "
+                "rounding"
+            )
+    except RuntimeError as error:
+        reason = str(error).split("\n")[0]
+        raise UserError(
+            f"{source} holds the weights of another model ({reason}): restore the code "
+            f"of that model, or train this one in another folder"
+        ) from error
+
+
+def history_digest(history):
+    """Return the checksum of a history without the one that it holds."""
+    rest = {key: value for key, value in history.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def read_history(folder):
+    """Return the history of the finished run in a folder, a dict.
+
+    It begins with the settings. ``train_losses`` has a cross-entropy in nats for every
+    step. ``val_accs``, accuracies in [0, 1] as the recipe measures them,
+    ``val_accs_eval`` and ``val_losses_eval``, in nats, both with ``model.eval()``, and
+    ``epoch_seconds``, with validation, have an entry for every epoch; ``seconds`` is
+    the sum of the last. ``begins`` and ``drops_out`` are the ``traits`` of the model,
+    ``probe_logits`` what ``probe`` returns; ``date`` is when the run ended, UTC, ISO
+    8601. ``weights_sha256`` is the checksum of the weights file, ``sha256`` that of all
+    the rest of the history.
+    """
+    path = Path(folder, HISTORY_NAME)
+    try:
+        history = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(history, dict):
+            raise ValueError("it holds no JSON object")
+        if history.get("format") != FORMAT:
+            then = history.get("format")
+            raise ValueError(f"it has format {then!r}, and {FORMAT} is read here")
+        if history.get("sha256") != history_digest(history):
+            raise ValueError("its checksum does not match")
+    except FileNotFoundError:
+        raise UserError(
+            f"{path} is missing: there is no finished run in {folder}; "
+            "`python train.py` trains one"
+        ) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(
+            f"{path} cannot be read, or is damaged ({error}): restore it, or train the "
+            "run in another folder"
+        ) from error
+    return history
+
+
+def load_record(folder, settings, model):
+    """Load a finished run, whose history must say what ``settings`` do.
+
+    Where the folder does not exist, as in an unpacked submission, the record is looked
+    for beside the notebooks. Returns the model with the recorded weights, None if the
+    record has come without any, and the history.
+    """
+    if not Path(folder).is_dir() and Path(HISTORY_NAME).is_file():
+        folder = "."
+    history = read_history(folder)
+    check_is_of(Path(folder, HISTORY_NAME), history, settings, model)
+    path = Path(folder, WEIGHTS_NAME)
+    if not path.is_file():
+        return None, history
+    if checksum(path) != history["weights_sha256"]:
+        raise UserError(
+            f"{path} does not belong to the {HISTORY_NAME} beside it, or is damaged: "
+            "restore both, or train the run in another folder"
+        )
+    state = safetensors.torch.load(path.read_bytes())
+    load_weights(model, state, history["probe_logits"], path)
+    return model, history
+
+
+def first_epoch_at(accuracies, mark):
+    """Return the first epoch, counted from 1, with at least this accuracy, or None."""
+    return next((n for n, acc in enumerate(accuracies, 1) if acc >= mark), None)
+
+
+def hours(history):
+    """Return epochs times the median epoch, so that a pause does not count."""
+    seconds = history["epoch_seconds"]
+    return len(seconds) * statistics.median(seconds) / 3600
+
+
+def finished(history):
+    """Return when a run was finished, to the minute."""
+    return f"{history['date'][:16].replace('T', ' ')} UTC"
+
+
+def describe(history):
+    """Return the settings of a run by the recipe in words."""
+    missing = DEFAULT.keys() - history.keys()
+    if missing:
+        raise UserError(
+            f"this is no run by the recipe: its history says no {min(missing)}"
+        )
+    return (
+        f"{history['dataset']}, batch size {history['batch_size']}, learning rate "
+        f"{history['lr']:g}, {history['n_epochs']} epochs, seed {history['seed']}"
+    )
+
+
+def summary(history):
+    """Return what is known of a finished run as a few lines."""
+    by_recipe = history["val_accs"]
+    lines = [
+        describe(history),
+        f"{hours(history):.2f} hours (epochs times their median) on "
+        f"{history['machine']}, {finished(history)}",
+        f"validation accuracy after the last epoch: {by_recipe[-1]:.4f} (recipe), "
+        f"{history['val_accs_eval'][-1]:.4f} (eval)",
+    ]
+    for mark in (0.25, 0.5, 0.7):
+        epoch = first_epoch_at(by_recipe, mark)
+        reached = "not reached"
+        if epoch:
+            after = hours(history) * epoch / len(by_recipe)
+            reached = (
+                f"{by_recipe[epoch - 1]:.4f} in epoch {epoch}, after {after:.2f} h"
+            )
+        lines.append(f"{mark:.0%} by the recipe's measure: {reached}")
+    return "\n".join(lines)
+
+
+def processor_name():
+    """Return what the processor calls itself."""
+    cpuinfo = Path("/proc/cpuinfo")  # Linux, where platform.processor() is empty
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
