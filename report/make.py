@@ -6,6 +6,7 @@ is missing or outdated, and then runs the command inside it.
 
 import contextlib
 import hashlib
+import json
 import os
 import platform
 import re
@@ -252,9 +253,14 @@ def clean():
 
 def usage():
     """Print the commands and options, one line each, the most needed first."""
+    costs = json.loads((ROOT / "bench" / "commands.json").read_text(encoding="utf-8"))
+    seconds = {entry["command"]: entry["seconds"] for entry in costs["commands"]}
     print("make COMMAND [NAME=VALUE ...]    (python report/make.py does the same)\n")
     for commands in (FIRST, OTHERS):
         for name, what in commands.items():
+            cost = seconds.get(f"make {name}")
+            if cost:
+                what += f" ({cost} s)" if cost < 100 else f" ({cost / 60:.0f} min)"
             print(f"  {name:<11}{what}")
         print()
     for name, (commands, what) in OPTIONS.items():

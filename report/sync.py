@@ -125,6 +125,7 @@ def bring_together(script, notebook, keep=None):
     """
     if not notebook.is_file():
         return
+    seen = checksum(script), checksum(notebook)
     ours, theirs = read_script(script), read_notebook(notebook)
     made_from = provenance(theirs).get("source")
     was_edited = made_from != cell_checksums(theirs), made_from != cell_checksums(ours)
@@ -145,14 +146,20 @@ def bring_together(script, notebook, keep=None):
             )
         was_edited = keep == "notebook", keep == "script"
         _copy(script if keep == "notebook" else notebook)
+    text, dropped = None, []
     if was_edited[0]:
         text, dropped = _script_with_cells(ours, theirs, notebook)
+    else:
+        _use_cells(theirs, ours)
+    if (checksum(script), checksum(notebook)) != seen:
+        raise UserError(
+            f"{script} or {notebook} was saved just now: type the same again"
+        )
+    if text is not None:
         if dropped:
             _copy(script)
         write_whole(script, text.encode())
         print(f"{notebook} was edited: its cells are in {script} now, too.")
-    else:
-        _use_cells(theirs, ours)
     _store(theirs, notebook)
 
 

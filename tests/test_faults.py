@@ -39,7 +39,11 @@ posix = pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
 
 # One process after another, each killed at one of these; see `small_run`
 MOMENTS = [
-    *(("half-written", 3), ("step", 3), ("before moving", 3), ("step", 8)),
+    ("half-written", 3),
+    ("step", 3),
+    ("before moving", 3),
+    ("step", 8),
+    ("before moving", 3),  # of the history, when the weights are recorded
 ]
 
 
@@ -207,8 +211,6 @@ def test_a_damaged_checkpoint_is_never_trusted(workplace, record_property):
         else:  # the bit was in the padding
             torch.testing.assert_close(state, whole, rtol=0, atol=0)
     record_property("cases", len(cases))
-    path.unlink()
-    assert go_on(small_model(), n_epochs=3).epochs_done == 3, "from the beginning"
 
 
 @fault("damaged checkpoint or record")

@@ -148,7 +148,7 @@ def test_all_code_is_there_and_no_debris(report_pdf):
     missing = [line for line in lines if line not in all_of_it]
     # Where a line is broken between two columns, the page's header stands inside it
     assert len(missing) <= 5, missing
-    debris = ["![", "{#", "<!--"]
+    debris = ["model_id", "widget", "Warning", "it/s", "![", "{#", "<!--"]
     for part in [*debris, str(ROOT), sys.prefix]:
         assert part not in text
     assert "operations per image" in text, "what code of the appendix printed"
@@ -381,6 +381,7 @@ def test_make_alone_lists_every_command_the_needed_ones_first():
     assert done.returncode == 0
     commands = re.findall(r"^  ([a-z]+)  +\w", done.stdout, re.MULTILINE)
     assert commands[:4] == ["report", "test", "zip", "lab"]
+    assert re.search(r"^  report .*\(\d+ s\)$", done.stdout, re.MULTILINE), "its cost"
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     targets = re.search(r"^TARGETS := (.*)$", makefile, re.MULTILINE).group(1)
     assert set(targets.split()) == set(commands)
@@ -416,6 +417,18 @@ def test_bad_commands_get_one_sentence(project, command, arguments, said):
     assert str(caught.value).startswith("error: ")
     assert said in str(caught.value)
     assert not (project / "x").exists()
+
+
+@pytest.mark.fault("identity")
+@pytest.mark.parametrize(("number", "is_noted"), [("123", True), ("1234567", False)])
+def test_a_number_that_is_not_lmu_s_is_accepted_with_a_word(
+    command, monkeypatch, capsys, number, is_noted
+):
+    monkeypatch.setattr(build, "report", lambda *_: print("reported"))
+    command("report", "SURNAME=Meier", f"MATRICULATION={number}")
+    said = capsys.readouterr().out
+    assert said.endswith("reported\n")
+    assert ("7 or 8 digits" in said) == is_noted
 
 
 def test_clean_keeps_what_took_hours(tmp_path, monkeypatch):

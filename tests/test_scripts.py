@@ -89,6 +89,13 @@ def test_bad_arguments_are_refused(arguments, said, capsys):
     assert said in capsys.readouterr().err
 
 
+def test_verify_without_a_record_says_so(workplace, capsys):
+    assert train.main(["--verify"]) == 1
+    said = capsys.readouterr().out
+    assert re.match("error: .* there is no finished run", said)
+    assert list(workplace.iterdir()) == []
+
+
 def test_verify_refuses_a_demo(workplace, capsys):
     history = records.read_history(ROOT / "report" / "run")
     history["dataset"] = "DemoCIFAR10"

@@ -268,15 +268,25 @@ def test_tags_come_from_the_script_and_importing_still_only_defines(edited):
 
 
 @fault
-def test_an_edit_in_the_meantime_is_not_overwritten(edited, monkeypatch):
-    execute = notebooks.execute
+@pytest.mark.parametrize(
+    ("module", "name", "said"),
+    [
+        (notebooks, "execute", "was saved while it was executed"),
+        (sync, "_use_cells", "was saved just now"),
+    ],
+)
+def test_an_edit_in_the_meantime_is_not_overwritten(
+    edited, monkeypatch, module, name, said
+):
+    replace_in(SCRIPT, "The layer", "The graded layer")
+    function = getattr(module, name)
 
     def slowly(*arguments):
-        execute(*arguments)
+        function(*arguments)
         edit_notebook(in_a_sentence, "in the meantime")
 
-    monkeypatch.setattr(notebooks, "execute", slowly)
-    with pytest.raises(UserError, match="was saved while it was executed"):
+    monkeypatch.setattr(module, name, slowly)
+    with pytest.raises(UserError, match=said):
         COMMANDS["report"](None)
     assert "in the meantime" in "".join(texts_in(NOTEBOOK))
 
