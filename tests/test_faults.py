@@ -141,6 +141,9 @@ def test_an_interruption_waits_for_the_model_and_a_second_does_not(workplace):
     with pytest.raises(KeyboardInterrupt), training.ctrl_c_waits(model):
         signal.raise_signal(signal.SIGINT)
         raise RuntimeError("DataLoader worker exited unexpectedly")
+    with pytest.raises(UserError, match="full"), training.ctrl_c_waits(model):
+        signal.raise_signal(signal.SIGINT)
+        raise UserError("the disk is full")  # the cause, not the interruption
 
 
 TRAIN_CELL = f"""
