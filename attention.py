@@ -15,44 +15,14 @@
 # ---
 
 # %% [markdown]
-# # Task 1: Self-Attention
+# # Task 1: Self-Attention (6 P)
 #
-# Every token of a 2d grid attends to every other token of the grid. This notebook
-# implements multi-head self-attention with linear layers, a softmax and matrix
-# products, and tests it against PyTorch's own layer.
-#
-# A head compares queries with keys, and averages the values with the resulting
-# weights (Eq. 1 of [Vaswani et al., 2017](https://arxiv.org/abs/1706.03762)):
-#
-# $$\operatorname{Attention}(Q, K, V) =
-#   \operatorname{softmax}\left(\frac{Q K^T}{\sqrt{d_k}}\right) V$$
-#
-# Multi-head attention runs $h$ heads side by side, each with projections of its own,
-# and mixes their results with one more linear map (their Section 3.2.2). In
-# *self*-attention, queries, keys and values are projections of the same tokens $x$:
-#
-# $$\begin{aligned}
-#   \operatorname{MultiHead}(x) &=
-#   \operatorname{Concat}(\mathrm{head}_1, \dots, \mathrm{head}_h) W^O, \\
-#   \mathrm{head}_i &= \operatorname{Attention}(x W_i^Q, x W_i^K, x W_i^V)
-#   \end{aligned}$$
-#
-# | symbol | in the code | meaning |
-# |---|---|---|
-# | $B$ | `x.shape[0]` | images in the batch |
-# | $H, W$; $L = HW$ | `x.shape[2:]` | rows and columns of the grid; number of tokens |
-# | $D$ | `embed_dim` | size of a token |
-# | $h$ | `num_heads` | number of heads |
-# | $d_k, d_v$ | `head_dim`, `value_dim` | size of a query or key; of a value |
-# | $W^Q, W^K, W^V, W^O$ | `q`, `k`, `v`, `out` | linear layers without bias |
-
-# %% [markdown]
-# ## Imports and device
-#
-# The report shows this cell, and helpers such as `run_unit_tests`, in its appendix.
+# Implement multi-head self-attention on a 2d grid of tokens, in which every token
+# attends to all tokens of the grid: the modules (1 P), the forward pass with a single
+# head (3 P) and with several (2 P).
 
 # %% tags=["appendix"]
-"""Multi-head self-attention on tokens and on 2d grids of tokens (Task 1).
+"""Multi-head self-attention on 2d grids of tokens (Task 1).
 
 The paired script of ``attention.ipynb``. Importing it only defines; run as a script, it
 runs its unit tests. Cells tagged ``active-ipynb`` run in the notebook only.
@@ -60,8 +30,8 @@ runs its unit tests. Cells tagged ``active-ipynb`` run in the notebook only.
 
 import math
 
+import einops
 import torch
-from einops import rearrange
 from torch import nn
 
 
@@ -82,15 +52,21 @@ def choose_device():
 # %% [markdown]
 # ## The layer
 #
-# `SelfAttention` works on a sequence of tokens, which is what the Vision Transformer
-# of Task 2 needs. A reshape splits the heads, so there is no loop over heads, tokens or
-# images. Where only the first tokens of the output are wanted, as in the last block of
-# Task 2, `keep` says how many.
+# Queries, keys and values are projections of the same tokens $x$ (Eq. 1 and Section
+# 3.2.2 of [Vaswani et al., 2017](https://arxiv.org/abs/1706.03762)):
+#
+# $$\begin{aligned}
+#   \operatorname{MultiHead}(x) &=
+#   \operatorname{Concat}(\mathrm{head}_1, \dots, \mathrm{head}_h) W^O, \quad
+#   \mathrm{head}_i = \operatorname{Attention}(x W_i^Q, x W_i^K, x W_i^V), \\
+#   \operatorname{Attention}(Q, K, V) &=
+#   \operatorname{softmax}\left(Q K^T / \sqrt{d_k}\right) V
+#   \end{aligned}$$
 
 
 # %%
-class SelfAttention(nn.Module):
-    """Multi-head self-attention on tokens (B, L, D): Vaswani et al. (2017), Eq. 1.
+class SelfAttention2d(nn.Module):
+    """Multi-head self-attention on a grid of tokens (B, D, H, W), with L = H * W.
 
     Head i owns features [i * head_dim, (i + 1) * head_dim) of queries and keys, and
     likewise with value_dim of the values: the layout of ``nn.MultiheadAttention``.
@@ -98,47 +74,49 @@ class SelfAttention(nn.Module):
 
     def __init__(self, embed_dim=256, head_dim=32, value_dim=32, num_heads=8):
         super().__init__()
-        self.embed_dim, self.num_heads = embed_dim, num_heads
-        self.head_dim, self.value_dim = head_dim, value_dim
+        self.embed_dim, self.num_heads = embed_dim, num_heads  # D, h
+        self.head_dim, self.value_dim = head_dim, value_dim  # d_k, d_v
         self.q = nn.Linear(embed_dim, num_heads * head_dim, bias=False)  # W^Q
         self.k = nn.Linear(embed_dim, num_heads * head_dim, bias=False)  # W^K
         self.v = nn.Linear(embed_dim, num_heads * value_dim, bias=False)  # W^V
         self.out = nn.Linear(num_heads * value_dim, embed_dim, bias=False)  # W^O
 
-    def forward(self, x, keep=None, need_weights=False):
-        """Return the first ``keep`` tokens, by default all; if asked, weights too."""
-        q = self._split_heads(self.q(x[:, :keep]))  # (B, h, keep, d_k)
-        k = self._split_heads(self.k(x))  # (B, h, L, d_k)
-        v = self._split_heads(self.v(x))  # (B, h, L, d_v)
+    def forward(self, x):
+        """Let every token of a grid attend to all of them: (B, D, H, W) again."""
+        tokens = einops.rearrange(x, "B D H W -> B (H W) D", D=self.embed_dim)
+        tokens = self.attend(tokens)  # (B, L, D)
+        return einops.rearrange(tokens, "B (H W) D -> B D H W", H=x.shape[2])
 
-        # softmax(Q K^T / sqrt(d_k)) V; dividing Q is cheaper when L > d_k
-        q = q / math.sqrt(self.head_dim)
-        weights = (q @ k.mT).softmax(dim=-1)  # (B, h, keep, L)
-        heads = weights @ v  # (B, h, keep, d_v)
+    def attend(self, x):
+        """Let every token of a sequence attend to all of them: (B, L, D) again."""
+        v = self.split_heads(self.v(x))  # (B, h, L, d_v)
+        heads = self.attention_weights(x) @ v  # (B, h, L, L) x (B, h, L, d_v)
+        return self.out(einops.rearrange(heads, "B h L d -> B L (h d)"))  # (B, L, D)
 
-        # Concat(head_1, ..., head_h) W^O
-        output = self.out(rearrange(heads, "B h L d -> B L (h d)"))  # (B, keep, D)
-        return (output, weights) if need_weights else output
+    def attention_weights(self, x):
+        """Return softmax(Q K^T / sqrt(d_k)) of tokens (B, L, D): (B, h, L, L)."""
+        q = self.split_heads(self.q(x)) / math.sqrt(self.head_dim)  # (B, h, L, d_k)
+        k = self.split_heads(self.k(x))  # (B, h, L, d_k)
+        return (q @ k.mT).softmax(dim=-1)  # a row is what a token gives to all L
 
-    def _split_heads(self, features):
-        return rearrange(features, "B L (h d) -> B h L d", h=self.num_heads)
+    def split_heads(self, features):
+        """Split (B, L, h * d) into heads: (B, h, L, d)."""
+        return einops.rearrange(features, "B L (h d) -> B h L d", h=self.num_heads)
 
 
 # %% [markdown]
-# `SelfAttention2d` is the layer of the exercise. It reads a grid row by row as a
-# sequence, applies the layer above, and puts the result back.
-
-
-# %%
-class SelfAttention2d(SelfAttention):
-    """Multi-head self-attention on 2d grids of tokens (B, D, H, W), with L = H * W."""
-
-    def forward(self, x, need_weights=False):
-        """Let every token of a grid attend to all of them: (B, D, H, W) again."""
-        tokens = rearrange(x, "B D H W -> B (H W) D", D=self.embed_dim)
-        output, weights = super().forward(tokens, need_weights=True)
-        output = rearrange(output, "B (H W) D -> B D H W", H=x.shape[2])
-        return (output, weights) if need_weights else output
+# | symbol | in the code | meaning |
+# |---|---|---|
+# | $B$ | `x.shape[0]` | images in the batch |
+# | $H, W$; $L = HW$ | `x.shape[2:]` | rows and columns of the grid; number of tokens |
+# | $D$ | `embed_dim` | size of a token |
+# | $h$ | `num_heads` | number of heads |
+# | $d_k, d_v$ | `head_dim`, `value_dim` | size of a query or key; of a value |
+# | $W^Q, W^K, W^V, W^O$ | `q`, `k`, `v`, `out` | linear layers without bias |
+#
+# `forward` reads the grid row by row as a sequence and puts the result back. `attend`
+# is the same layer on a sequence, which is what the Vision Transformer of Task 2 needs.
+# A reshape splits the heads, so there is no loop over heads, tokens or images.
 
 
 # %% [markdown]
@@ -165,9 +143,9 @@ def torch_attention(layer, x):
             torch.cat([layer.q.weight, layer.k.weight, layer.v.weight])
         )
         theirs.out_proj.weight.copy_(layer.out.weight)
-    tokens = rearrange(x, "B D H W -> B (H W) D")
+    tokens = einops.rearrange(x, "B D H W -> B (H W) D")
     output, _ = theirs(tokens, tokens, tokens)
-    return rearrange(output, "B (H W) D -> B D H W", H=x.shape[2])
+    return einops.rearrange(output, "B (H W) D -> B D H W", H=x.shape[2])
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
-from attention import SelfAttention, SelfAttention2d
+from attention import SelfAttention2d
 from records import FORMER, describe, first_epoch_at
 from vision_transformer import VAL_TRANSFORM, VisionTransformer, predict
 
@@ -128,7 +128,8 @@ def content_attention():
     layer.q.weight.mul_(2)  # sharper: the logits grow by a factor of four
     layer.k.weight.copy_(layer.q.weight)
     tokens, regions = structured_grid()
-    return regions, layer(tokens, need_weights=True)[1][0]
+    sequence = rearrange(tokens, "1 D H W -> 1 (H W) D")
+    return regions, layer.attention_weights(sequence)[0]
 
 
 def plot_attention_maps(queries, heads):
@@ -262,7 +263,7 @@ def architecture(model):
         (
             f"{len(model.blocks)} encoder blocks, each self-attention\n"
             f"({heads} heads) and MLP ({mlp} hidden features)",
-            f"(B, {1 + patches}, {dim}),\nlast (B, 1, {dim})",
+            f"(B, {1 + patches}, {dim})",
         ),
         ("layer norm of the class token", f"(B, {dim})"),
         ("linear head: logits", f"(B, {model.head.out_features})"),
@@ -323,9 +324,8 @@ def print_costs(model):
     image = torch.zeros(1, model.in_channels, size, size, device=device)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(image)
-    last = f"blocks.{len(model.blocks) - 1}"
     print(f"{'part':<18}{'parameters':>12}{'operations per image':>24}")
-    for name in dict.fromkeys(("patch_embedding", "blocks.0", last, "head", "")):
+    for name in ("patch_embedding", "blocks.0", "head", ""):
         parameters = sum(p.numel() for p in model.get_submodule(name).parameters())
         path = ".".join(filter(None, (type(model).__name__, name)))
         millions = sum(counter.get_flop_counts()[path].values()) / 1e6
@@ -618,9 +618,9 @@ def plot_position_similarity(model, history):
 def attention_weights(model, images):
     """Return the attention weights of all blocks, (layers, B, num_heads, 1 + L, 1 + L).
 
-    Those of all tokens, of the last block as well, for normalised images (B, C, H, W).
+    For normalised images (B, C, H, W).
     """
-    layers = [m for m in model.modules() if isinstance(m, SelfAttention)]
+    layers = [m for m in model.modules() if isinstance(m, SelfAttention2d)]
     inputs = []
     hooks = [
         layer.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
@@ -630,7 +630,7 @@ def attention_weights(model, images):
     for hook in hooks:
         hook.remove()
     weights = [
-        layer(x, need_weights=True)[1] for layer, x in zip(layers, inputs, strict=True)
+        layer.attention_weights(x) for layer, x in zip(layers, inputs, strict=True)
     ]
     return torch.stack(weights)
 

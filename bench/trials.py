@@ -39,7 +39,7 @@ from records import (  # noqa: E402
     processor_name,
     write_whole,
 )
-from training import Run  # noqa: E402
+from training import Run, use_quick_dropout  # noqa: E402
 
 FOLDER = ROOT / "bench" / "trials"
 RUNS = ROOT / "build" / "trials"
@@ -137,7 +137,7 @@ def block_dropout(model):
     """Drop out also after the output projection of attention."""
     for block in model.blocks:
         layer = block.attention.inner_module[1]
-        layer.out = nn.Sequential(layer.out, ours.Dropout(0.2))
+        layer.out = nn.Sequential(layer.out, nn.Dropout(0.2))
     return model
 
 
@@ -146,10 +146,10 @@ class DropoutBefore(nn.Module):
 
     def __init__(self, block):
         super().__init__()
-        self.dropout, self.block = ours.Dropout(0.2), block
+        self.dropout, self.block = nn.Dropout(0.2), block
 
-    def forward(self, x, keep=None):
-        return self.block(self.dropout(x), keep)
+    def forward(self, x):
+        return self.block(self.dropout(x))
 
 
 def paper_dropout(model):
@@ -167,8 +167,8 @@ class PostNormBlock(nn.Module):
         self.attention_norm, self.attention = block.attention.inner_module
         self.mlp_norm, self.mlp = block.feed_forward.inner_module
 
-    def forward(self, x, keep=None):
-        x = self.attention_norm(x[:, :keep] + self.attention(x, keep))
+    def forward(self, x):
+        x = self.attention_norm(x + self.attention(x))
         return self.mlp_norm(x + self.mlp(x))
 
 
@@ -258,6 +258,7 @@ def run(trial, cache_dir, device):
     """Train and judge one trial, or continue it; return its record."""
     torch.manual_seed(trial.seed)
     model = MODELS[trial.name]().to(device)
+    use_quick_dropout(model)
     training_run = Run(asdict(trial), RUNS / trial.stem)
     train_loader, held_out = loaders(trial, cache_dir)
     if training_run.is_finished:

@@ -17,11 +17,11 @@ ORDER = "init screen final settings ablation"  # of the groups, as the text has 
 FIGURE = re.compile(r"\*\*Figure (\d+)\.\*\*")  # what a caption begins with
 
 RECIPE = "make_loaders to train_run"
-GRID_ATTENTION = "SelfAttention.forward to SelfAttention2d"
+GRID_ATTENTION = "SelfAttention2d.forward to split_heads"
 # The sheet's 20 points: what, points, the code (from one definition to another), and
 # the unit test, or the mark of validation accuracy, that is the evidence
 POINTS = (
-    ("Task 1: modules in __init__", 1, "SelfAttention.__init__", "multi head"),
+    ("Task 1: modules in __init__", 1, "SelfAttention2d.__init__", "multi head"),
     ("Task 1: single head", 3, GRID_ATTENTION, "single head"),
     ("Task 1: several heads", 2, GRID_ATTENTION, "multi head"),
     ("Task 2: FeedForwardBlock", 1, "FeedForwardBlock", "dropout"),

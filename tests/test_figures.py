@@ -171,15 +171,15 @@ def test_plots_have_captions_with_alternatives_and_the_text_names_them():
 def test_the_stages_have_the_shapes_of_the_model():
     model = small_model(patch_size=8, layers=3, hidden_size=24, mlp_size=40)
     shapes = []
-    for layer in (model.patch_embedding, model.blocks[0], model.blocks[-1], model.head):
+    for layer in (model.patch_embedding, model.blocks[-1], model.head):
         layer.register_forward_hook(
             lambda _, given, result: shapes.extend([given[0].shape, result.shape])
         )
     model(torch.zeros(1, 3, 32, 32))
-    patches, tokens, first, after_first, _, after_last, final, logits = shapes
+    patches, tokens, before, after, final, logits = shapes
     stages = " ".join(shape for _, shape in figures.architecture(model))
     said = re.findall(r"\(B, ([\d, ]+)\)", stages)
-    measured = [patches, tokens, first, after_first, after_last, final, logits]
+    measured = [patches, tokens, before, after, final, logits]
     measured = [", ".join(map(str, shape[1:])) for shape in measured]
     assert said == ["3, 32, 32", *measured]
 
@@ -243,7 +243,7 @@ def test_collected_weights_are_those_of_the_model():
     x = torch.cat([token, x], dim=1)
     for number, block in enumerate(model.blocks):
         norm, attention = block.attention.inner_module
-        expected = attention(norm(x), need_weights=True)[1]
+        expected = attention.attention_weights(norm(x))
         torch.testing.assert_close(weights[number], expected)
         x = block(x)
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from small_run import alive, small_model
 from test_attention import many, seeds, small
 
+from training import QuickDropout, use_quick_dropout
 from vision_transformer import FeedForwardBlock, VisionTransformer
 
 
@@ -116,7 +117,9 @@ OTHER_TYPES = (torch.float16, torch.bfloat16, torch.float64)
 )
 def test_dropout_keeps_the_mean_and_the_type_and_drops_the_share(p, dtype):
     torch.manual_seed(0)
-    dropout = FeedForwardBlock(8, 8, p).layers[2].train()
+    model = FeedForwardBlock(8, 8, p)
+    use_quick_dropout(model)
+    dropout = model.layers[2]
     x = torch.ones(1000, 1000, dtype=dtype, requires_grad=True)
     y = dropout(x)
     y.sum().backward()
@@ -127,3 +130,15 @@ def test_dropout_keeps_the_mean_and_the_type_and_drops_the_share(p, dtype):
     assert abs(kept - (1 - p)) <= 5 * sigma
     assert torch.equal(y[y != 0], torch.full_like(y[y != 0], 1 / (1 - p or 1)))
     assert torch.equal(dropout.eval()(x), x)
+
+
+def test_quick_dropout_leaves_the_weights_and_drops_what_overflows():
+    model = small_model()
+    names = list(model.state_dict())
+    use_quick_dropout(model.eval())
+    assert list(model.state_dict()) == names
+    assert not any(module.training for module in model.modules())
+    dropout = QuickDropout(0.5)
+    y = dropout(torch.full((1000,), 1e38))
+    assert set(y.tolist()) == {0.0, torch.tensor(2e38).item()}
+    assert not dropout(torch.full((1000,), 3e38)).isnan().any()
