@@ -191,15 +191,12 @@ def test_costs_are_those_of_the_formulas(capsys):
     tokens, size, mlp = 65, 256, 512
     attention = 2 * (4 * tokens * size**2 + 2 * tokens**2 * size)
     feed_forward = 2 * 2 * tokens * size * mlp
-    last = 2 * (2 * tokens * size**2 + 2 * size**2 + 2 * tokens * size)
-    last += 2 * 2 * size * mlp
     embedding, head = 2 * 64 * 48 * size, 2 * size * 10
     block = 4 * size**2 + 2 * size * mlp + mlp + size + 2 * 2 * size
-    every = embedding + 5 * (attention + feed_forward) + last + head
+    every = embedding + 6 * (attention + feed_forward) + head
     expected = {
         "patch_embedding": (49 * size, embedding),
         "blocks.0": (block, attention + feed_forward),
-        "blocks.5": (block, last),
         "head": (257 * 10, head),
         "all": (3_189_002, every),
     }
