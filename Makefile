@@ -1,15 +1,15 @@
-# Every target is a command of report/make.py, which also works without make:
-# `python report/make.py report` is `make report`.
+# Every target is a command of make.py, which also works without make:
+# `python make.py report` is `make report`.
 PYTHON ?= python3
 TARGETS := report test zip lab setup train verify demo faults bench clean
 
 .PHONY: help $(TARGETS)
 help:
-	@"$(PYTHON)" report/make.py
+	@"$(PYTHON)" make.py
 $(TARGETS):
-	@"$(PYTHON)" report/make.py $@
+	@"$(PYTHON)" make.py $@
 .DEFAULT:
-	@"$(PYTHON)" report/make.py $@
+	@"$(PYTHON)" make.py $@
 
 # Values reach the command through the environment, as they were typed: make itself
 # would expand a dollar sign in them.

@@ -44,7 +44,7 @@ def choose_device():
 
 # %% tags=["active-ipynb", "appendix"]
 # %config InlineBackend.figure_formats = ["svg", "png"]
-# import figures
+# from support import figures
 #
 # device = choose_device()
 # print(f"torch {torch.__version__} on {device}")

@@ -10,10 +10,9 @@ A run can be interrupted at any time; the same command continues it.
 import argparse
 import math
 
-import dataset
-import records
 import vision_transformer as vt
 from attention import choose_device
+from support import dataset, records
 
 
 def positive(kind):
@@ -56,7 +55,9 @@ def parse_arguments(arguments=None):
 
 def main(arguments=None):
     """Do what the command line asks for; return the exit code."""
-    import figures  # not above: every process that loads images imports this file
+    from support import (
+        figures,  # not above: every process that loads images imports this file
+    )
 
     given = parse_arguments(arguments)
     device = choose_device()

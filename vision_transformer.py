@@ -66,8 +66,7 @@ from attention import SelfAttention2d, run_unit_tests
 
 # %% tags=["active-ipynb", "appendix"]
 # %config InlineBackend.figure_formats = ["svg", "png"]
-# import figures
-# import records
+# from support import figures, records
 # from attention import choose_device
 #
 # device = choose_device()
@@ -527,9 +526,9 @@ def train_run(settings, cache_dir, device, folder=None):
 
     ``settings`` are those of ``records.PRESETS``. A run that is finished is loaded.
     """
-    from dataset import fetch
-    from records import load_record
-    from training import Run, use_quick_dropout
+    from support.dataset import fetch
+    from support.records import load_record
+    from support.training import Run, use_quick_dropout
 
     torch.manual_seed(settings["seed"])
     model = VisionTransformer().to(device)
@@ -551,7 +550,7 @@ def train_run(settings, cache_dir, device, folder=None):
 
 # %% tags=["active-ipynb"]
 # TRAIN = False  # True: train with the parameters above instead
-# RECORD = "report/run"  # the finished run that is shown otherwise
+# RECORD = "runs/exercise"  # the finished run that is shown otherwise
 
 # %% tags=["active-ipynb"]
 # settings = {"dataset": CIFAR10.__name__, "batch_size": BATCH_SIZE, "lr": LR}

@@ -28,8 +28,8 @@ sys.path.insert(0, str(ROOT))
 
 import vision_transformer as ours  # noqa: E402
 from attention import SelfAttention2d  # noqa: E402
-from records import processor_name, write_whole  # noqa: E402
-from training import use_quick_dropout  # noqa: E402
+from support.records import processor_name, write_whole  # noqa: E402
+from support.training import use_quick_dropout  # noqa: E402
 
 RECORD = ROOT / "bench" / "speed.json"
 P_DROPOUT = 0.2

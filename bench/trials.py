@@ -30,21 +30,21 @@ sys.path.insert(0, str(ROOT))
 
 import vision_transformer as ours  # noqa: E402
 from attention import choose_device  # noqa: E402
-from dataset import fetch  # noqa: E402
-from figures import calibration  # noqa: E402
-from records import (  # noqa: E402
+from support.dataset import fetch  # noqa: E402
+from support.figures import calibration  # noqa: E402
+from support.records import (  # noqa: E402
     PRESETS,
     UserError,
     load_record,
     processor_name,
     write_whole,
 )
-from training import Run, use_quick_dropout  # noqa: E402
+from support.training import Run, use_quick_dropout  # noqa: E402
 
 FOLDER = ROOT / "bench" / "trials"
 RUNS = ROOT / "build" / "trials"
 HELD_OUT = 5_000
-SEEDS = (1, 2)  # beside 0, that of report/quick and of all trials but some ablations
+SEEDS = (1, 2)  # beside 0, that of runs/quick and of all trials but some ablations
 
 
 @dataclass

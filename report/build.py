@@ -8,18 +8,7 @@ from unittest import mock
 import nbformat
 from torchvision.datasets import CIFAR10
 
-from dataset import fetch
-from records import (
-    HISTORY_NAME,
-    PRESETS,
-    RECORD,
-    UserError,
-    checksum,
-    describe,
-    read_history,
-)
 from report import notebooks
-from report.demo_data import DemoCIFAR10
 from report.pdf import make_pdf, use_system_fonts
 from report.student import Student
 from report.sync import (
@@ -28,6 +17,17 @@ from report.sync import (
     cell_checksums,
     code_checksums,
     first_not_executed,
+)
+from support.dataset import fetch
+from support.demo_data import DemoCIFAR10
+from support.records import (
+    HISTORY_NAME,
+    PRESETS,
+    RECORD,
+    UserError,
+    checksum,
+    describe,
+    read_history,
 )
 
 BUILD = Path("build")
@@ -38,8 +38,8 @@ BATCH_SIZE, LR, N_EPOCHS, SEED = {batch_size}, {lr!r}, {n_epochs}, {seed}
 RECORD = {record!r}\
 """
 DEMO_CELL = """\
-# injected: DEMO DATA, generated, instead of CIFAR-10: see report/demo_data.py
-from report.demo_data import DemoCIFAR10 as CIFAR10\
+# injected: DEMO DATA, generated, instead of CIFAR-10: see support/demo_data.py
+from support.demo_data import DemoCIFAR10 as CIFAR10\
 """
 OTHER_RUN = """\
 <!-- injected; an edit of this cell is not kept -->

@@ -8,11 +8,18 @@ import zipfile
 from io import BytesIO
 from pathlib import Path
 
-from records import FORMER, HISTORY_NAME, WEIGHTS_NAME, UserError, checksum, write_whole
 from report.notebooks import read_notebook
 from report.pdf import LISTINGS, make_pdf
 from report.student import tomllib
 from report.sync import SCRIPTS, bring_together, first_not_executed, provenance
+from support.records import (
+    FORMER,
+    HISTORY_NAME,
+    WEIGHTS_NAME,
+    UserError,
+    checksum,
+    write_whole,
+)
 
 DIST = Path("dist")
 TEST_SECONDS = 300
@@ -118,17 +125,17 @@ def _members(submission, weights):
     record = [HISTORY_NAME, WEIGHTS_NAME] if weights else [HISTORY_NAME]
     files = [
         *SCRIPTS,
+        Path("support", "__init__.py"),
         *map(Path, LISTINGS),
-        *submission.notebooks,
-        submission.pdf,
         *(submission.run / name for name in record),
     ]
     project = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))
     needed = [entry.split(",")[0] for entry in project["dependency-groups"]["run"]]
     readme = README.format(stem=submission.student.stem)
     return {
-        **{path.name: path.read_bytes() for path in files},
+        **{path.as_posix(): path.read_bytes() for path in files},
         **{path.as_posix(): path.read_bytes() for path in [FORMER] if path.is_file()},
+        **{p.name: p.read_bytes() for p in [*submission.notebooks, submission.pdf]},
         "README.txt": readme.encode(),
         "requirements.txt": "".join(f"{name}\n" for name in needed).encode(),
     }

@@ -18,7 +18,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError
 from nbconvert.filters import strip_ansi
 
-from records import UserError, processor_name, write_whole
+from support.records import UserError, processor_name, write_whole
 
 KERNEL = "python3"
 CELL_SECONDS = 1200  # a cell that takes longer hangs: no cell trains

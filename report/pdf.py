@@ -14,15 +14,18 @@ import pypandoc
 import typst
 from nbconvert import MarkdownExporter
 
-from records import UserError, write_whole
 from report.notebooks import read_notebook
 from report.sync import provenance
 from report.tables import FIGURE, origin, points, trials
+from support.records import UserError, write_whole
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 # Complete, in the appendix
-LISTINGS = ("figures.py", "records.py", "training.py", "dataset.py", "train.py")
+LISTINGS = (
+    *(f"support/{name}.py" for name in ("figures", "records", "training", "dataset")),
+    "train.py",
+)
 IMAGE_TYPES = {"image/svg+xml": "svg", "image/png": "png"}
 
 

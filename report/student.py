@@ -5,7 +5,7 @@ import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 
-from records import UserError
+from support.records import UserError
 
 try:
     import tomllib

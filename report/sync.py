@@ -12,13 +12,14 @@ from pathlib import Path
 
 import jupytext
 
-from records import UserError, checksum, write_whole
 from report.notebooks import is_injected, read_notebook, read_script, store
+from support.records import UserError, checksum, write_whole
 
 SCRIPTS = (Path("attention.py"), Path("vision_transformer.py"))
 # Which the notebooks import
 LIBRARIES = tuple(
-    Path(f"{name}.py") for name in ("dataset", "figures", "records", "training")
+    Path("support", f"{name}.py")
+    for name in ("dataset", "figures", "records", "training")
 )
 KEPT = Path("build", "kept")  # copies of what had to give way
 NOTEBOOK_ONLY = "active-ipynb"  # the tag of cells that are comments in the script
@@ -76,7 +77,7 @@ def _edits(path, notebook, made_from):
 
 def code_checksums():
     """Return checksums of the code here, by file; of a script, one for each cell."""
-    found = {path.name: [checksum(path)] for path in LIBRARIES}
+    found = {path.as_posix(): [checksum(path)] for path in LIBRARIES}
     for path in SCRIPTS:
         cells = contents(read_script(path))
         found[path.name] = [digest(text) for kind, text, _ in cells if kind == "code"]

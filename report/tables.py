@@ -7,9 +7,15 @@ from pathlib import Path
 
 from torchvision.datasets import CIFAR10
 
-from dataset import ARCHIVE_MD5, is_present
-from records import QUICK_RECORD, describe, finished, first_epoch_at, read_history
 from report.sync import edited_since, provenance
+from support.dataset import ARCHIVE_MD5, is_present
+from support.records import (
+    QUICK_RECORD,
+    describe,
+    finished,
+    first_epoch_at,
+    read_history,
+)
 
 ROOT = Path(__file__).parent.parent
 TRIALS = ROOT / "bench" / "trials"
@@ -17,7 +23,7 @@ ORDER = "init screen final settings ablation"  # of the groups, as the text has 
 FIGURE = re.compile(r"\*\*Figure (\d+)\.\*\*")  # what a caption begins with
 
 RECIPE = "make_loaders to train_run"
-GRID_ATTENTION = "SelfAttention2d.forward to split_heads"
+GRID_ATTENTION = "SelfAttention2d.forward to SelfAttention2d"
 # The sheet's 20 points: what, points, the code (from one definition to another), and
 # the unit test, or the mark of validation accuracy, that is the evidence
 POINTS = (
@@ -80,7 +86,7 @@ def origin(submission, notebooks):
     history = submission.history
     data = "not at hand when the report was made"
     if submission.demo:
-        data = "generated images, see report/demo_data.py"
+        data = "generated images, see support/demo_data.py"
     elif is_present(CIFAR10, "data"):
         data = f"CIFAR-10, all files intact; MD5 of the archive: {ARCHIVE_MD5}"
     run = (

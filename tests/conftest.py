@@ -12,13 +12,13 @@ import nbformat
 import pytest
 import torch
 
-import records
-import report.demo_data
+import support.demo_data
 import vision_transformer
 from report import notebooks
 from report.build import Submission
 from report.pdf import make_pdf
 from report.student import check_student
+from support import records
 
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(2)
@@ -66,8 +66,8 @@ def edited_notebook(path="attention.ipynb"):
 @pytest.fixture
 def demo_data(monkeypatch):
     """Few generated images instead of CIFAR-10."""
-    monkeypatch.setattr(report.demo_data, "SIZES", {True: 100, False: 40})
-    monkeypatch.setattr(vision_transformer, "CIFAR10", report.demo_data.DemoCIFAR10)
+    monkeypatch.setattr(support.demo_data, "SIZES", {True: 100, False: 40})
+    monkeypatch.setattr(vision_transformer, "CIFAR10", support.demo_data.DemoCIFAR10)
 
 
 @pytest.fixture
@@ -87,7 +87,7 @@ def copy_project(folder, *left_out):
         if path.suffix in (".py", ".ipynb", ".toml") or path.name == "Makefile":
             shutil.copy(path, folder)
     ignored = shutil.ignore_patterns("*.pdf", "__pycache__", *left_out)
-    for name in ("report", "bench"):
+    for name in ("report", "support", "runs", "bench"):
         shutil.copytree(ROOT / name, folder / name, ignore=ignored)
     return folder
 

@@ -12,10 +12,9 @@ import sys
 
 import torch
 
-import report.demo_data
 import train
-import training
 import vision_transformer
+from support import demo_data, training
 from vision_transformer import VisionTransformer
 
 
@@ -35,8 +34,8 @@ def alive(model):
 
 
 def use_few_generated_images():
-    report.demo_data.SIZES = {True: 100, False: 40}
-    vision_transformer.CIFAR10 = report.demo_data.DemoCIFAR10
+    demo_data.SIZES = {True: 100, False: 40}
+    vision_transformer.CIFAR10 = demo_data.DemoCIFAR10
 
 
 def kill_now(*_):

@@ -13,9 +13,9 @@ import pytest
 from conftest import only_files
 from torchvision.datasets import CIFAR10
 
-import dataset
-from records import UserError
-from report import make
+import make
+from support import dataset
+from support.records import UserError
 
 
 class TinyCIFAR10(CIFAR10):

@@ -24,10 +24,9 @@ from conftest import ROOT, only_files
 from small_run import alive, small_model
 from test_training import FOLDER, go_on, load
 
-import records
-import training
 from attention import SelfAttention2d
-from records import UserError
+from support import records, training
+from support.records import UserError
 from vision_transformer import FeedForwardBlock, SelfAttentionTransformerBlock
 
 fault = pytest.mark.fault

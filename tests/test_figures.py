@@ -15,10 +15,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.text import Text
 
-import figures
-import report.demo_data
 from attention import SelfAttention2d
-from records import FORMER, PRESETS
+from support import demo_data, figures
+from support.records import FORMER, PRESETS
 from vision_transformer import VisionTransformer
 
 TEMPLATE = (ROOT / "report" / "template.typ").read_text(encoding="utf-8")
@@ -70,7 +69,7 @@ def drawn():
         figures.plot_attention_maps: ([(1, 1)], [0, 1]),
         figures.plot_cost: ([4, 8],),
         figures.plot_architecture: (model,),
-        figures.plot_patches: (report.demo_data.DemoCIFAR10, "data", 4),
+        figures.plot_patches: (demo_data.DemoCIFAR10, "data", 4),
         figures.plot_training: (HISTORY,),
         figures.plot_before_and_after: (
             {**HISTORY, **PRESETS["default"]},

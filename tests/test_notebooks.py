@@ -10,8 +10,8 @@ import nbformat
 import pytest
 from conftest import ROOT, run_script
 
-from records import UserError
 from report import notebooks, sync
+from support.records import UserError
 
 NAMES = ("attention", "vision_transformer")
 

@@ -10,11 +10,9 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 from torchvision import transforms as T
 
-import dataset
-import records
-import training
 import vision_transformer
-from report.demo_data import DemoCIFAR10
+from support import dataset, records, training
+from support.demo_data import DemoCIFAR10
 
 CPU = torch.device("cpu")
 BATCH_SIZE, LR = 16, 1e-3

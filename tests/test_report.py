@@ -20,13 +20,13 @@ import pytest
 from conftest import ROOT, STUDENT, edited_notebook, only_files, replace_in, run_script
 
 import attention
-import dataset
-import records
+import make
 import vision_transformer
-from records import UserError
-from report import build, bundle, make, notebooks, pdf, tables
+from report import build, bundle, notebooks, pdf, tables
 from report.build import Submission
 from report.student import check_student
+from support import dataset, records
+from support.records import UserError
 
 DRAFT = check_student("Surname", "Given Name", "00000000")
 NOTEBOOKS = [ROOT / "attention.ipynb", ROOT / "vision_transformer.ipynb"]
@@ -124,7 +124,7 @@ def test_drafts_are_marked_and_the_first_page_stays_one(project, monkeypatch):
     pdf.make_pdf(shown(DRAFT))
     first, second = text_of(shown(DRAFT).pdf, last=2)
     assert first.count("128 cores") == 4
-    assert "Task 1: Self-Attention\n" in second
+    assert "Task 1: Self-Attention (6 P)\n" in second
     assert "DRAFT" in first
 
 
@@ -279,8 +279,9 @@ def test_names_of_any_script_are_printed_or_refused(surname):
 EXPECTED = {
     *("attention.ipynb", "attention.py"),
     *("vision_transformer.ipynb", "vision_transformer.py"),
-    *("figures.py", "records.py", "training.py", "dataset.py", "train.py"),
-    *("history.json", "vision_transformer.safetensors"),
+    *(f"support/{n}.py" for n in ("figures", "records", "training", "dataset")),
+    *("support/__init__.py", "train.py"),
+    *("runs/exercise/history.json", "runs/exercise/vision_transformer.safetensors"),
     *("README.txt", "requirements.txt"),
     "Müller-Lüdenscheidt-12345678.pdf",
     "bench/former/default.json",
@@ -307,7 +308,7 @@ def test_the_zip_is_what_moodle_wants_and_works_alone(project, tmp_path, capfd):
     subprocess.run(command, cwd=folder, check=True, capture_output=True, timeout=300)
     notebook = nbformat.read(folder / "vision_transformer.ipynb", as_version=4)
     outputs = str([cell.get("outputs") for cell in notebook.cells])
-    accuracy = records.read_history(folder)["val_accs_eval"][-1]
+    accuracy = records.read_history(folder / records.RECORD)["val_accs_eval"][-1]
     assert f"{accuracy:.4f} (eval)" in outputs, "the recorded run is found"
     assert "Not shown (position similarity)" not in outputs, "and its weights"
     assert "not classified: no CIFAR-10 in ./data" in outputs
@@ -320,7 +321,8 @@ def test_the_same_content_is_the_same_zip(project, monkeypatch):
     content = bundle.make_zip(shown(), weights=False).read_bytes()
     assert bundle.make_zip(shown(), weights=False).read_bytes() == content
     with zipfile.ZipFile(io.BytesIO(content)) as file:
-        assert set(file.namelist()) == EXPECTED - {records.WEIGHTS_NAME}
+        weights = (records.RECORD / records.WEIGHTS_NAME).as_posix()
+        assert set(file.namelist()) == EXPECTED - {weights}
 
 
 @pytest.mark.parametrize(
@@ -329,10 +331,10 @@ def test_the_same_content_is_the_same_zip(project, monkeypatch):
         ("placeholder", "identity is still the placeholder"),
         ("demo run", "is a demo run"),
         ("no notebook", "attention.ipynb is missing"),
-        ("script changed", "cell 3: `make report` has not executed it"),
-        ("outputs cleared", "cell 3: `make report` has not executed it"),
-        ("error output", "cell 3: `make report` has not executed it"),
-        ("record not shown", "does not show the run in report/run"),
+        ("script changed", "cell 2: `make report` has not executed it"),
+        ("outputs cleared", "cell 2: `make report` has not executed it"),
+        ("error output", "cell 2: `make report` has not executed it"),
+        ("record not shown", "does not show the run in runs/exercise"),
         ("no weights", "leave it out with WEIGHTS=0"),
     ],
 )
@@ -370,9 +372,9 @@ def test_what_has_to_be_executed_or_trained_is_refused(project, spoil, said):
 
 
 def run_make(*arguments, folder=ROOT, **environment):
-    """Run report/make.py inside the environment that the tests run in."""
+    """Run make.py inside the environment that the tests run in."""
     environment = {"VENV": sys.prefix, **environment}
-    script = folder / "report" / "make.py"
+    script = folder / "make.py"
     return run_script(script, *arguments, folder=folder, timeout=600, **environment)
 
 
@@ -515,7 +517,7 @@ def test_a_step_of_the_setup_that_fails_is_named():
 
 def test_the_readme_shows_what_the_records_say():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    paths = sorted((ROOT / "report").glob("*/history.json"))
+    paths = sorted((ROOT / "runs").glob("*/history.json"))
     assert ROOT / records.RECORD / records.HISTORY_NAME in paths
     for path in paths:
         history = records.read_history(path.parent)
@@ -578,7 +580,7 @@ def test_a_failed_report_costs_no_outputs(project):
         book = nbformat.read("attention.ipynb", as_version=4)
         return [(c.get("execution_count"), c.get("outputs")) for c in book.cells]
 
-    replace_in("attention.py", "q = q / math.sqrt(self.head_dim)", "q = q / 0.01")
+    replace_in("attention.py", "/ math.sqrt(self.head_dim)", "/ 0.01")
     before, pdf_before = cells(), shown().pdf.read_bytes()
     with pytest.raises(UserError) as caught:
         build.report(shown())

@@ -12,8 +12,8 @@ import pytest
 import torch
 from conftest import ROOT, only_files, replace_in, run_script
 
-import records
 import train
+from support import records
 
 GRADED = ("attention.py", "vision_transformer.py")
 ALLOWED = {"torch", "torchvision", "einops", "attention"} | sys.stdlib_module_names
@@ -45,7 +45,7 @@ print({"matplotlib", "IPython", "training", "safetensors"} & set(sys.modules))
 
 
 def test_a_failing_unit_test_is_printed_and_fails_the_script(unpacked):
-    replace_in(unpacked / "attention.py", "q = q / math.sqrt", "q = q * math.sqrt")
+    replace_in(unpacked / "attention.py", " / math.sqrt", " * math.sqrt")
     done = run_script("attention.py", folder=unpacked)
     assert done.returncode != 0
     said = "FAILED  multi head: AssertionError: differs from nn.MultiheadAttention"
@@ -97,7 +97,7 @@ def test_verify_without_a_record_says_so(workplace, capsys):
 
 
 def test_verify_refuses_a_demo(workplace, capsys):
-    history = records.read_history(ROOT / "report" / "run")
+    history = records.read_history(ROOT / records.RECORD)
     history["dataset"] = "DemoCIFAR10"
     history["sha256"] = records.history_digest(history)
     (workplace / "history.json").write_text(json.dumps(history), encoding="utf-8")

@@ -4,8 +4,8 @@ import unicodedata
 
 import pytest
 
-from records import UserError
 from report.student import check_student, read_student
+from support.records import UserError
 
 pytestmark = pytest.mark.fault("identity")
 

@@ -10,10 +10,11 @@ import nbformat
 import pytest
 from conftest import ROOT, STUDENT, copy_project, edited_notebook, replace_in
 
-import records
-from records import UserError
-from report import build, bundle, make, notebooks, sync
+import make
+from report import build, bundle, notebooks, sync
 from report.build import Submission
+from support import records
+from support.records import UserError
 
 SCRIPT, NOTEBOOK = Path("attention.py"), Path("attention.ipynb")
 SIDES = make.CHOICES["KEEP"]
@@ -76,7 +77,7 @@ def in_a_sentence(cells, mark, place=0):
 
 
 def in_code(cells, mark):
-    cells[2].source += f"\n# {mark}"
+    cells[1].source += f"\n# {mark}"
 
 
 def new_cells(cells, mark):
@@ -87,17 +88,17 @@ def new_cells(cells, mark):
 
 
 def deleted(cells, mark):
-    cells.pop(4)
+    cells.pop(3)
     in_a_sentence(cells, mark)
 
 
 def moved(cells, mark):
-    cells.insert(1, cells.pop(6))
+    cells.insert(1, cells.pop(5))
     in_a_sentence(cells, mark)
 
 
 def rewritten(cells, mark):
-    cells[4].source = f"{mark}. All of this is new."
+    cells[3].source = f"{mark}. All of this is new."
 
 
 def everywhere(cells, mark):
@@ -198,7 +199,7 @@ def test_no_edit_is_lost(edited, edit, side):
 @pytest.mark.parametrize("command", COMMANDS)
 def test_where_both_were_edited_one_is_chosen_and_the_other_kept(edited, command, keep):
     edit_notebook(in_a_sentence, "mine in the notebook")
-    edit_script(lambda *given: in_a_sentence(*given, place=4), "mine in the script")
+    edit_script(lambda *given: in_a_sentence(*given, place=3), "mine in the script")
     before = NOTEBOOK.read_bytes(), SCRIPT.read_bytes()
     with pytest.raises(UserError, match=r"KEEP=notebook or KEEP=script") as caught:
         COMMANDS[command](None)
@@ -317,11 +318,11 @@ def test_code_that_cannot_be_imported_stays_in_the_notebook_until_it_can(edited)
         cell = next(c for c in notebook.cells if c.source.startswith("class "))
         good = cell.source
         cell.source += "\n    def forward(:"
-    with pytest.raises(UserError, match=r"cell 6 could not be imported .*line \d+"):
+    with pytest.raises(UserError, match=r"cell 5 could not be imported .*line \d+"):
         COMMANDS["report"](None)
     assert read(SCRIPT) == before
     with edited_notebook() as notebook:
-        notebook.cells[5].source = good + "\n    # repaired"
+        notebook.cells[4].source = good + "\n    # repaired"
     COMMANDS["report"](None)
     assert "    # repaired\n" in read(SCRIPT)
 

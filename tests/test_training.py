@@ -11,9 +11,8 @@ import torch
 from conftest import only_files
 from small_run import alive, small_model
 
-import records
-import training
-from records import UserError
+from support import records, training
+from support.records import UserError
 
 # --- Checkpoints ---------------------------------------------------------------------
 

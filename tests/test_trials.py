@@ -10,7 +10,7 @@ import torch
 from conftest import ROOT
 from small_run import alive
 
-import records
+from support import records
 
 sys.path.insert(0, str(ROOT / "bench"))
 import trials

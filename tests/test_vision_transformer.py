@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from small_run import alive, small_model
 from test_attention import many, seeds, small
 
-from training import QuickDropout, use_quick_dropout
+from support.training import QuickDropout, use_quick_dropout
 from vision_transformer import FeedForwardBlock, VisionTransformer
 
 

@@ -28,7 +28,7 @@ DEFAULT = {
 }
 QUICK = {**DEFAULT, "batch_size": 32, "lr": 2e-4, "n_epochs": 13}  # chosen by trials
 PRESETS = {"default": DEFAULT, "quick": QUICK}
-RECORD, QUICK_RECORD = Path("report", "run"), Path("report", "quick")
+RECORD, QUICK_RECORD = Path("runs", "exercise"), Path("runs", "quick")
 FORMER = Path("bench", "former", "default.json")  # of an earlier version
 HISTORY_NAME = "history.json"
 WEIGHTS_NAME = "vision_transformer.safetensors"
@@ -201,12 +201,9 @@ def read_history(folder):
 def load_record(folder, settings, model):
     """Load a finished run, whose history must say what ``settings`` do.
 
-    Where the folder does not exist, as in an unpacked submission, the record is looked
-    for beside the notebooks. Returns the model with the recorded weights, None if the
-    record has come without any, and the history.
+    Returns the model with the recorded weights, None if the record has come without
+    any, and the history.
     """
-    if not Path(folder).is_dir() and Path(HISTORY_NAME).is_file():
-        folder = "."
     history = read_history(folder)
     check_is_of(Path(folder, HISTORY_NAME), history, settings, model)
     path = Path(folder, WEIGHTS_NAME)

@@ -11,7 +11,7 @@ import httpx
 from torchvision.datasets.utils import check_integrity, extract_archive
 from tqdm import tqdm
 
-from records import UserError
+from support.records import UserError
 
 ARCHIVE_NAME = "cifar-10-python.tar.gz"
 ARCHIVE_MD5 = "c58f30108f718f92721af3b95e74349a"

@@ -1,4 +1,4 @@
-"""The commands of the project: `python report/make.py report` is `make report`.
+"""The commands of the project: `python make.py report` is `make report`.
 
 This file runs on any Python from 3.10 on. It makes the environment (.venv) when that
 is missing or outdated, and then runs the command inside it.
@@ -16,7 +16,7 @@ import sys
 import urllib.request
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent
 FIRST = {
     "report": "execute both notebooks and make the PDF; trains nothing",
     "test": "run the tests and the linter",
@@ -213,7 +213,7 @@ def run_program(name):
 
 def run_own(name):
     """Run a command of this folder; say what the user can put right in a sentence."""
-    from records import RECORD, UserError
+    from support.records import RECORD, UserError
 
     keep, weights = os.environ.get("KEEP"), os.environ.get("WEIGHTS", "1")
     try:
@@ -255,7 +255,7 @@ def usage():
     """Print the commands and options, one line each, the most needed first."""
     costs = json.loads((ROOT / "bench" / "commands.json").read_text(encoding="utf-8"))
     seconds = {entry["command"]: entry["seconds"] for entry in costs["commands"]}
-    print("make COMMAND [NAME=VALUE ...]    (python report/make.py does the same)\n")
+    print("make COMMAND [NAME=VALUE ...]    (python make.py does the same)\n")
     for commands in (FIRST, OTHERS):
         for name, what in commands.items():
             cost = seconds.get(f"make {name}")

@@ -29,7 +29,7 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from records import (
+from support.records import (
     FORMAT,
     HISTORY_NAME,
     WEIGHTS_NAME,

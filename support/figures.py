@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
 from attention import SelfAttention2d
-from records import FORMER, describe, first_epoch_at
+from support.records import FORMER, describe, first_epoch_at
 from vision_transformer import VAL_TRANSFORM, VisionTransformer, predict
 
 BLUE, ORANGE, SKY, YELLOW, GREY = "#0072B2", "#D55E00", "#56B4E9", "#E69F00", "0.45"

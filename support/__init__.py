@@ -1,0 +1,1 @@
+"""What training and figures need, and the exercise is not about."""
