@@ -9,7 +9,7 @@ import nbformat
 from torchvision.datasets import CIFAR10
 
 from report import notebooks
-from report.pdf import make_pdf, use_system_fonts
+from report.pdf import make_pdf
 from report.student import Student
 from report.sync import (
     SCRIPTS,
@@ -133,7 +133,6 @@ def store_notebooks(submission, keep=None):
 
 def report(submission, keep=None):
     """Execute the notebooks, as far as there are data, and make the PDF."""
-    use_system_fonts(submission.student)  # a name that cannot be printed: refused now
     store_notebooks(submission, keep)
     print(f"Making {submission.pdf.as_posix()} ...", flush=True)
     make_pdf(submission)

@@ -8,22 +8,31 @@ import datetime
 import os
 import platform
 import re
+import tempfile
 import warnings
 from pathlib import Path
 
 import jupytext
 import nbformat
 import torch
+from ipykernel.kernelspec import get_kernel_dict
+from jupyter_client import AsyncKernelManager
+from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError
 from nbconvert.filters import strip_ansi
+from tqdm import tqdm
 
 from support.records import UserError, processor_name, write_whole
 
-KERNEL = "python3"
 CELL_SECONDS = 1200  # a cell that takes longer hangs: no cell trains
 INJECTED = "injected-parameters"  # papermill's name for it
 MARKS = ("# injected", "<!-- injected")  # what such a cell begins with: tags get lost
+FIRST = [
+    "import matplotlib; matplotlib.rcdefaults()",  # whatever a matplotlibrc says
+    # This folder, behind the standard library
+    "import sys; sys.path.insert(['-packages' in p for p in sys.path].index(True), '')",
+]
 NO_TIME = {"SOURCE_DATE_EPOCH": "0"}  # in a figure: the same one is the same bytes
 
 
@@ -81,22 +90,27 @@ def execute(notebook, name, timeout=CELL_SECONDS):
         UserError: a cell failed or took longer than ``timeout`` seconds, or the kernel
             died. The message names notebook, cell, line and reason.
     """
+    manager = AsyncKernelManager(kernel_spec_manager=OwnKernel())
     client = NotebookClient(
         notebook,
+        km=manager,
         timeout=timeout,
-        kernel_name=KERNEL,
         coalesce_streams=True,
         store_widget_state=False,
         record_timing=False,
         shutdown_kernel="immediate",
         # Its own log warns at every start, and shows tracebacks at Ctrl-C
-        extra_arguments=["--log-level=CRITICAL"],
+        extra_arguments=["--log-level=CRITICAL", f"--IPKernelApp.exec_lines={FIRST}"],
     )
     number, cell, traceback = 1, notebook.cells[0], ""
     try:
         # Not client.execute(), which replaces the handling of Ctrl-C
-        with client.setup_kernel(env={**os.environ, **NO_TIME}):
-            for number, cell in enumerate(notebook.cells, 1):
+        with (
+            tempfile.TemporaryDirectory() as settings,
+            client.setup_kernel(env=_environment(settings)),
+        ):
+            bar = tqdm(notebook.cells, name, unit="cell", disable=None, leave=False)
+            for number, cell in enumerate(bar, 1):
                 client.execute_cell(cell, number - 1)
     except CellExecutionError as error:
         traceback = strip_ansi(error.traceback)
@@ -117,6 +131,21 @@ def execute(notebook, name, timeout=CELL_SECONDS):
     raise UserError(
         f"{name}, cell {number}, line {line}:\n    {text}\n{why}"
     ) from cause
+
+
+class OwnKernel(KernelSpecManager):
+    """The kernel of this environment, whichever ones the user has installed."""
+
+    def get_kernel_spec(self, kernel_name):
+        # Isolated: no variable decides what it imports, nor a file of a library's name
+        return KernelSpec(**get_kernel_dict(python_arguments=["-I", "-X", "utf8"]))
+
+
+def _environment(settings):
+    """Return the environment of the kernel, without the user's settings."""
+    names = ("MPL", "MATPLOTLIB", "IPYTHON", "JUPYTER_", "PYTHON")
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(names)}
+    return {**kept, **NO_TIME, "IPYTHONDIR": settings, "MPLCONFIGDIR": settings}
 
 
 def _where_and_when():

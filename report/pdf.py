@@ -1,7 +1,5 @@
-"""From executed notebooks to the PDF: nbconvert's Markdown, pandoc, Typst."""
+"""From executed notebooks to the PDF: Jupyter's HTML, pandoc, Typst."""
 
-import base64
-import contextlib
 import datetime
 import json
 import re
@@ -9,14 +7,13 @@ import shutil
 import tempfile
 from pathlib import Path
 
-import nbformat
 import pypandoc
 import typst
-from nbconvert import MarkdownExporter
 
+from report.cells import Cells
 from report.notebooks import read_notebook
 from report.sync import provenance
-from report.tables import FIGURE, origin, points, trials
+from report.tables import origin, points, trials
 from support.records import UserError, write_whole
 
 HERE = Path(__file__).parent
@@ -26,65 +23,163 @@ LISTINGS = (
     *(f"support/{name}.py" for name in ("figures", "records", "training", "dataset")),
     "train.py",
 )
-IMAGE_TYPES = {"image/svg+xml": "svg", "image/png": "png"}
-
-
-def use_system_fonts(student):
-    """Return whether the fonts that come with Typst lack letters of a name.
-
-    Raises:
-        UserError: the fonts of this machine lack them, too.
-    """
-    name = f"{student.given_name} {student.surname}"
-    source = f'#set document(title: "x")\n#{json.dumps(name, ensure_ascii=False)}'
-    for system in (False, True):
-        with contextlib.suppress(typst.TypstError):
-            typst.compile(
-                source.encode(), ignore_system_fonts=not system, pdf_standards=["ua-1"]
-            )
-            return system
-    raise UserError(
-        f"no font on this machine has all letters of {name!r}: install one, for "
-        "example Noto Sans of that script, or give the name in Latin letters"
-    )
+NO_FONT = re.compile(r'text `"(.*?)"` could not be displayed')
+WHERE = re.compile(r"┌─ .*?([^/\\\s]+)\.typ:")
+MARK = re.compile(r"^// cell (\S+)$\n", re.MULTILINE)
+STRING = r'"(?:[^"\\]|\\.)*"'
+TEX = re.compile(rf'#raw\(lang: "tex", ({STRING})\)')
+EQUATION = re.compile(
+    rf"(#math\.equation\(block: \w+, alt: ({STRING}), \$(?:[^$\\]|\\.)*\$\))", re.S
+)
 
 
 def make_pdf(submission):
-    """Make the PDF of a ``Submission`` from its stored notebooks."""
+    """Make the PDF of a ``Submission`` from its stored notebooks; say what it lacks."""
     notebooks = [read_notebook(path) for path in submission.notebooks]
-    tables = trials()
-    labels = {f"figure-{number}" for book in notebooks for number in _drawn(book)}
-    labels |= set(re.findall(r"\{#(table-\d+)\}", tables))
-    facts = _facts(submission, notebooks)
-    system_fonts = use_system_fonts(submission.student)
-    year, month, day = facts["date"]
-    midnight = datetime.datetime(year, month, day, tzinfo=datetime.timezone.utc)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
+        tasks = cells_of(submission.notebooks, notebooks, folder)
+        report = Report(folder, tasks, _facts(submission, notebooks))
+        report.append(tasks)
+        content = report.compile()
+    write_whole(submission.pdf, content)
+    for note in report.notes:
+        print(f"Not as in the notebook: {note}")
+
+
+def cells_of(paths, notebooks, folder):
+    """Return the ``Cells`` of notebooks, whose figures are counted through."""
+    tasks, first = [], 1
+    for path, notebook in zip(paths, notebooks, strict=True):
+        tasks.append(Cells(notebook, path.stem, folder, ROOT, first))
+        first += len(tasks[-1].numbers)
+    return tasks
+
+
+class Report:
+    """The files that Typst reads, in a folder of their own: one for each cell."""
+
+    def __init__(self, folder, tasks, facts):
+        self.folder, self.facts, self.notes = folder, facts, []
         for name in ("template.typ", "references.bib"):
             shutil.copy(HERE / name, folder)
-        body, code = [], []
-        for path, notebook in zip(submission.notebooks, notebooks, strict=True):
-            text, left_out = to_markdown(notebook, folder, path.stem, labels)
-            body.append(text)
-            code.append(_listing(f"{path.name}: the cells left out above", left_out))
-        for name in LISTINGS:
-            code.append(_listing(name, [(ROOT / name).read_text(encoding="utf-8")]))
-        try:
-            for name, parts in (("body", body), ("trials", [tables]), ("code", code)):
-                typeset = to_typst("\n\n".join(parts))
-                (folder / f"{name}.typ").write_text(typeset, encoding="utf-8")
-            (folder / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
-            content = typst.compile(
-                str(folder / "template.typ"),
-                root=str(folder),
-                ignore_system_fonts=not system_fonts,
-                timestamp=int(midnight.timestamp()),
-                pdf_standards=["ua-1"],
-            )
-        except (RuntimeError, typst.TypstError) as error:
-            raise UserError(f"the report could not be typeset: {error}") from error
-    write_whole(submission.pdf, content)
+        _, *parts = MARK.split(to_typst("\n".join(task.html() for task in tasks)))
+        self.cells = dict(zip(parts[::2], parts[1::2], strict=True))
+        self.sources = {k: v for task in tasks for k, v in task.sources.items()}
+        for stem, text in self.cells.items():
+            for tex in TEX.findall(text):
+                self.notes.append(f"{_place(stem)}: the formula {json.loads(tex)!r}")
+        self.notes += [note for task in tasks for note in task.notes]
+        self._write("body", "".join(f'#include "{stem}.typ"\n' for stem in self.cells))
+
+        for stem in ("trials", "code"):
+            self._write(stem, "")
+
+    def append(self, tasks):
+        """Add the appendices."""
+        code = [
+            (f"{task.name}.ipynb: the cells left out above", "\n\n".join(task.left_out))
+            for task in tasks
+        ]
+        code += [(name, (ROOT / name).read_text(encoding="utf-8")) for name in LISTINGS]
+        self._write(
+            "code", "\n".join(f"== {_string(n)}\n{_raw(text)}" for n, text in code)
+        )
+        self._write("trials", to_typst(trials(), "markdown"))
+
+    def _write(self, stem, text):
+        Path(self.folder, f"{stem}.typ").write_text(text, encoding="utf-8")
+
+    def compile(self):
+        """Return the PDF, in which nothing that stops Typst stops the rest.
+
+        What a font of Typst lacks is taken from those of this machine, and else shown
+        as a box. A cell that cannot be typeset is shown as its source. Accessibility
+        (PDF/UA-1) is given up last.
+        """
+        for stem, text in self.cells.items():
+            self._write(stem, text)
+        standards, no_fonts = ["ua-1"], True
+        midnight = datetime.datetime(*self.facts["date"], tzinfo=datetime.timezone.utc)
+        while True:
+            (self.folder / "facts.json").write_text(json.dumps(self.facts), "utf-8")
+            try:
+                return typst.compile(
+                    str(self.folder / "template.typ"),
+                    root=str(self.folder),
+                    ignore_system_fonts=no_fonts,
+                    timestamp=int(midnight.timestamp()),
+                    pdf_standards=standards,
+                )
+            except typst.TypstError as error:
+                signs = _missing(error.diagnostic)
+                place = WHERE.search(error.diagnostic)
+                if signs and no_fonts:
+                    no_fonts = False
+                elif signs - set(self.facts["no_font"]):
+                    self.facts["no_font"] += "".join(sorted(signs))
+                    self._note_signs(signs)
+                elif standards and "PDF/UA-1" in error.message:
+                    standards = []
+                    self.notes.append(f"the PDF is not accessible: {error.message}")
+                elif place and self.cells.get(place[1]):
+                    self._give_up(place[1], error.message)
+                else:
+                    raise UserError(f"the report cannot be typeset: {error}") from error
+
+    def _note_signs(self, signs):
+        for stem, text in self.cells.items():
+            found = sorted(signs & set(text))
+            if found:
+                self.notes.append(f"{_place(stem)}: no font has {' '.join(found)}")
+
+    def _give_up(self, stem, reason):
+        """Show the formulas of a cell that cannot be typeset as TeX, or all of it."""
+        text = self.cells[stem]
+        for whole, alt in EQUATION.findall(text):
+            try:
+                typst.compile(whole.encode(), ignore_system_fonts=True)
+            except typst.TypstError:
+                text = text.replace(whole, f'#raw(lang: "tex", {alt})')
+                self.notes.append(f"{_place(stem)}: the formula {json.loads(alt)!r}")
+        if text == self.cells[stem]:
+            self.notes.append(f"{_place(stem)}: shown as its source ({reason})")
+            text = _raw(self.sources[stem], "text")
+            self.cells[stem] = ""  # nothing more can be done
+        else:
+            self.cells[stem] = text
+        self._write(stem, text)
+
+
+def _missing(diagnostic):
+    """Return the signs that no font has, which Typst may give by their numbers."""
+    text = "".join(NO_FONT.findall(diagnostic))
+    return set(re.sub(r"\\u\{(\w+)\}", lambda code: chr(int(code[1], 16)), text))
+
+
+def _place(stem):
+    return re.sub(r"(.*)-(\d+)$", r"\1.ipynb, cell \2", stem)
+
+
+def _string(text):
+    return "#" + json.dumps(text, ensure_ascii=False)
+
+
+def _raw(text, lang="python"):
+    return f'#raw(block: true, lang: "{lang}", {_string(text.strip())[1:]})'
+
+
+def to_typst(text, kind="html"):
+    """Convert HTML to Typst."""
+    return pypandoc.convert_text(
+        text,
+        to="typst+smart",
+        format=kind,
+        extra_args=[
+            f"--lua-filter={HERE / 'filter.lua'}",
+            *("--wrap=none", "--preserve-tabs", "--quiet"),
+        ],
+    )
 
 
 def _facts(submission, notebooks):
@@ -101,100 +196,5 @@ def _facts(submission, notebooks):
         "date": [int(part) for part in latest.split("-")],
         "provenance": origin(submission, notebooks),
         "points": points(notebooks, submission.history),
+        "no_font": "",
     }
-
-
-# --- Notebooks ------------------------------------------------------------------------
-
-
-def to_markdown(notebook, folder, prefix, labels):
-    """Turn an executed notebook into pandoc's Markdown.
-
-    A caption and the picture that the code cell before it drew become a figure; without
-    a picture it is left out. Of a code cell tagged ``appendix`` only the outputs stay.
-    Pictures are written into ``folder``, and their names begin with ``prefix``; what
-    the text says of figures and tables in ``labels`` becomes a link. Returns the text,
-    and the sources of the cells tagged ``appendix``.
-    """
-    drawn = _drawn(notebook)
-    cells, left_out, captioned = [], [], list(map(id, drawn.values()))
-    for cell in notebook.cells:
-        cell = cell.copy()
-        if cell.cell_type == "code":
-            cell["outputs"] = [out for out in cell.outputs if id(out) not in captioned]
-            if "appendix" in cell.metadata.get("tags", []):
-                left_out.append(cell.source)
-                cell["metadata"] = {"transient": {"remove_source": True}}
-        elif cell.cell_type == "markdown":
-            caption = FIGURE.match(cell.source)
-            if caption and caption[1] not in drawn:
-                continue
-            source = re.sub(r"(?<=\d)\s%", "\u00a0%", cell.source)  # in one line
-            cell["source"] = _with_links(source, labels)
-            if caption:
-                extension, content = _picture(drawn[caption[1]])
-                path = folder / f"{prefix}-{caption[1]}.{extension}"
-                path.write_bytes(content)
-                cell["source"] = _figure(cell.source, path.name, caption[1])
-        cells.append(cell)
-    reduced = nbformat.v4.new_notebook(cells=cells, metadata=notebook.metadata)
-    text, made = MarkdownExporter().from_notebook_node(reduced, {"unique_key": prefix})
-    for name, content in made["outputs"].items():  # pictures without a caption
-        (folder / name).write_bytes(content)
-    return text, left_out
-
-
-def _drawn(notebook):
-    """Return the outputs with pictures that have a caption, by the number it gives."""
-    found, pictures = {}, []
-    for cell in notebook.cells:
-        if cell.cell_type == "code":
-            pictures = list(filter(_picture, cell.outputs))
-        elif FIGURE.match(cell.source) and pictures:
-            found[FIGURE.match(cell.source)[1]] = pictures[-1]
-    return found
-
-
-def _picture(output):
-    """Return the picture in an output as (extension, bytes), or None."""
-    for kind, extension in IMAGE_TYPES.items():
-        content = output.get("data", {}).get(kind)
-        if content:
-            binary = extension == "png"
-            return extension, base64.b64decode(content) if binary else content.encode()
-    return None
-
-
-def _with_links(text, labels):
-    """Make links of what a text says of figures and tables that are there."""
-
-    def link(found):
-        label = f"{found['kind'].lower()}-{found['number']}"
-        return f"[{found[0]}](#{label})" if label in labels else found[0]
-
-    name = r"(?<!\*\*)\b(?P<kind>Figure|Table)s?\s+(?P<number>\d+)\b"
-    return re.sub(name, link, text)
-
-
-def _figure(caption, file_name, number):
-    """Return a caption cell and its picture as a figure in pandoc's Markdown."""
-    alt = re.search(r"<!--\s*alt:(.*?)-->", caption, re.DOTALL)
-    text = " ".join(re.sub(r"<!--.*?-->", "", caption, flags=re.DOTALL).split())
-    words = " ".join((alt[1] if alt else text).split()).replace('"', "'")
-    return f'![{text}]({file_name}){{#figure-{number} alt="{words}"}}'
-
-
-def _listing(title, sources):
-    """Return code under a heading."""
-    code = "\n\n".join(source.rstrip() for source in sources)
-    return f"## {title}\n\n~~~~~python\n{code}\n~~~~~"
-
-
-def to_typst(text):
-    """Convert pandoc's Markdown to Typst."""
-    return pypandoc.convert_text(
-        text,
-        to="typst",
-        format="markdown-auto_identifiers-citations",
-        extra_args=[f"--lua-filter={HERE / 'filter.lua'}", "--wrap=none"],
-    )

@@ -170,12 +170,6 @@ def test_figures_have_the_numbers_of_the_notebooks_and_links_lead_there(report_p
                 assert set(re.findall(r"Figures? (\d+)", here)) & set(there)
 
 
-def test_a_sentence_stays_with_the_equation_that_ends_it():
-    typeset = " ".join(pdf.to_typst("It is\n\n$$x = 1$$\n\nEnd.").split())
-    assert typeset.startswith("#block(sticky: true)[ It is ] #math.equation(")
-    assert typeset.count("sticky") == 1
-
-
 def elements(node):
     """Yield the elements of a PDF's structure tree below a node."""
     node = node.get_object()
@@ -207,22 +201,6 @@ def test_it_is_accessible_as_pdf_ua_1_asks(report_pdf):
     assert alternatives["/Figure"][0].startswith(first_line), "not the caption"
     assert len(alternatives["/Formula"]) >= 20
     assert all(alternatives["/Formula"])
-
-
-def test_a_plot_of_one_s_own_is_shown_without_a_caption_too(tmp_path):
-    picture = nbformat.v4.new_output("display_data", {"image/svg+xml": "<svg/>"})
-    cells = [
-        nbformat.v4.new_code_cell("draw twice", outputs=[picture.copy(), picture]),
-        nbformat.v4.new_markdown_cell("A sentence."),
-        nbformat.v4.new_markdown_cell("**Figure 1.** The second. <!-- alt: It. -->"),
-    ]
-    notebook = nbformat.v4.new_notebook(cells=cells)
-    text, _ = pdf.to_markdown(notebook, tmp_path, "mine", set())
-    typeset = pdf.to_typst(text)
-    names = re.findall(r'image\("(.*?)", alt: "(.*?)"\)', typeset)
-    assert [alt for _, alt in names] == ["a picture without a description", "It."]
-    assert all((tmp_path / name).read_text("utf-8") == "<svg/>" for name, _ in names)
-    assert "<>" not in typeset
 
 
 def test_the_same_input_gives_the_same_bytes(project):
@@ -262,16 +240,6 @@ def test_seeds_have_mean_and_spread():
         "| mean | 69.00 | 75.00 |  |",
         "| spread | 1.41 | 0.00 |  |",
     ]
-
-
-@pytest.mark.parametrize("surname", ["Łukasiewicz", "Nguyễn", "Иванов", "שמיר", "王"])
-def test_names_of_any_script_are_printed_or_refused(surname):
-    student = check_student(surname, "", "1")
-    try:
-        pdf.use_system_fonts(student)
-    except UserError as error:
-        assert "in Latin letters" in str(error)
-        assert surname == "王", "the others come with Typst's own fonts"
 
 
 # --- The ZIP -------------------------------------------------------------------------
@@ -608,7 +576,7 @@ def test_the_demo_works_and_touches_nothing_tracked(project):
     first, *others = text_of(folder / "DEMO-Meier-1234567.pdf")
     assert "DEMO DATA" in first
     assert "Figure 6. " in "".join(others)
-    assert "Figure 7. " not in "".join(others), "no caption without its picture"
+    assert "The run above" not in "".join(others), "no caption without its picture"
     history = records.read_history(folder / "run")
     assert history["val_accs"][-1] > 0.5, "it visibly learns"
     outputs = (folder / "vision_transformer.ipynb").read_text(encoding="utf-8")

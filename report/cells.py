@@ -1,0 +1,375 @@
+"""From the cells of a notebook to HTML that pandoc reads, as JupyterLab shows them.
+
+Markdown is parsed by Jupyter's own parser. What the PDF cannot show is named: on the
+terminal, with notebook and cell, and in the PDF where it would stand.
+"""
+
+import html
+import io
+import re
+import urllib.request
+from pathlib import Path
+from urllib.parse import quote, unquote, urlsplit
+
+import bs4
+from nbconvert.filters import strip_ansi
+from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
+from PIL import Image
+
+# The caption of a plot, in the cell below it; the number may be left out
+CAPTION = re.compile(r"\s*\*\*Figure\s*(\d*)\s*[.:]?\*\*\s*[.:]?\s*")
+MENTION = re.compile(r"\b(Figure|Table)s?\s+\d+(?:(?:,|,? and|,? to)\s+\d+)*")
+MATH = re.compile(
+    r"\$\$(.+?)\$\$|(?<![\\$])\$(.+?)\$|(\\begin\{(\w+\*?)\}.+?\\end\{\4\})", re.S
+)
+MACRO = re.compile(
+    r"\\(?:\w*newcommand|DeclareMathOperator|def)\*?\s*\{?(\\[A-Za-z]+)\}?"
+)
+PICTURES = {
+    "image/svg+xml": "svg",
+    "image/png": "png",
+    "image/jpeg": "jpg",
+    "image/gif": "gif",
+    "image/webp": "webp",
+}
+# Elements that show what is not their text
+NOT_TEXT = ["audio", "canvas", "embed", "iframe", "input", "math", "meter", "object"]
+NOT_TEXT += ["progress", "script", "select", "template", "textarea", "video"]
+UNSEEN = bs4.element.PreformattedString  # comments and the like
+SAYS_NOTHING = re.compile(r"\s*(<IPython.*|<[\w.]+ (object )?at 0x\w+>)?\s*$")
+ECHO = re.compile(r"[(\[]*(<matplotlib|<Axes|<Figure|Text\(|array\(\[<)")
+CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\ufffe\uffff]")
+WIDTH, HEIGHT, LETTER = 465, 700, 0.52 * 9.5  # of text and of a letter in a table, pt
+
+
+class Renderer(IPythonRenderer):
+    """Jupyter's renderer, with formulas as elements and code without colours."""
+
+    def inline_math(self, body):
+        return _formula(body, "inline")
+
+    def block_math(self, body):
+        return _formula(body, "display")
+
+    def latex_environment(self, name, body):
+        return _formula(rf"\begin{{{name}}}{body}\end{{{name}}}", "display")
+
+    def block_code(self, code, info=None):
+        return _pre((info or "text").split()[0], code)
+
+    def block_html(self, text):
+        return f"<div class='math-too'>{text}</div>"
+
+
+class Cells:
+    """The cells of one notebook, as HTML.
+
+    Pictures are written into ``folder``; paths in the notebook begin at ``root``, and
+    nothing outside of it is read. Figures are counted from ``first`` on; a number that
+    is typed in a caption says only which figure a text means.
+    """
+
+    def __init__(self, notebook, name, folder, root=".", first=1):
+        self.cells, self.name = notebook.cells, name
+        self.folder, self.root = Path(folder), Path(root).resolve()
+        self.pictures = captioned(self.cells)
+        self.numbers = {place: first + n for n, place in enumerate(self.pictures)}
+        self.sources, self.left_out, self.files, self.notes = {}, [], [], []
+        self.place, self.level, self.macros = 0, 0, ""
+        self.headings = {}  # how many there are of each name
+
+    def html(self):
+        """Return all cells; each begins with a mark that names it."""
+        drawn, parts = list(map(id, self.pictures.values())), []
+        for place, cell in enumerate(self.cells):
+            self.place = place
+            stem = f"{self.name}-{place + 1}"
+            self.sources[stem] = clean(cell.source)
+            parts.append(_pre("mark", stem))
+            if cell.cell_type == "code":
+                if "appendix" in cell.metadata.get("tags", []):
+                    self.left_out.append(cell.source)
+                elif cell.source.strip():
+                    parts.append(_pre("source", clean(cell.source)))
+                outputs = [out for out in cell.outputs if id(out) not in drawn]
+                parts += self._outputs(outputs, any(map(picture_in, cell.outputs)))
+            elif cell.cell_type == "raw":
+                parts.append(_pre("output", clean(cell.source)))
+            elif not is_caption(cell):
+                parts.append(self._markdown(cell.source, cell.get("attachments")))
+            elif place in self.pictures:
+                parts.append(self._figure(cell))
+        return "\n".join(parts)
+
+    def note(self, what):
+        """Note what is not shown; return what stands in its place."""
+        self.notes.append(f"{self.name}.ipynb, cell {self.place + 1}: {what}")
+        return f'<span class="note">[not shown: {html.escape(what)}]</span>'
+
+    # --- Outputs ----------------------------------------------------------------------
+
+    def _outputs(self, outputs, has_picture):
+        parts, printed = [], ""
+        for output in [*outputs, None]:
+            if output and output.output_type in ("stream", "error"):
+                text = output.get("text") or "\n".join(output.get("traceback", []))
+                printed += "\n" * (printed[-1:] not in ("", "\n")) + text
+                continue
+            if printed.strip():
+                parts.append(_pre("output", clean(printed)))
+            printed = ""
+            if output:
+                parts.append(self._best(output.get("data", {}), has_picture))
+        return parts
+
+    def _best(self, data, has_picture):
+        """Return the best form of an output that a page can show."""
+        picture, latex = picture_in({"data": data}), data.get("text/latex", "").strip()
+        if picture:
+            return self._parse(f'<p><img src="{picture}"></p>')
+        if "text/markdown" in data or re.match(r"\$|\\begin\{(eq|al|ga)", latex):
+            return self._markdown(data.get("text/markdown", latex))
+        plain, soup = data.get("text/plain", ""), _soup(data.get("text/html", ""))
+        for tag in soup(["style", "script"]):
+            tag.decompose()
+        tables, says_nothing = soup("table"), SAYS_NOTHING.match(plain)
+        around = len(soup.get_text()) - sum(len(t.get_text()) for t in tables)
+        is_table = tables and around < 200 and min(_size(t)[0] for t in tables) > 0.5
+        if is_table or (says_nothing and (soup.get_text(strip=True) or soup(True))):
+            return self._parse(data["text/html"])
+        if has_picture and ECHO.match(plain):
+            return ""  # what the last line of a plot returns
+        if says_nothing:
+            kinds = ", ".join(kind for kind in data if kind != "text/plain")
+            return f"<p>{self.note(f'an output of type {kinds}')}</p>" if kinds else ""
+        return _pre("output", clean(plain))
+
+    # --- Text -------------------------------------------------------------------------
+
+    def _markdown(self, source, attachments=None):
+        renderer = Renderer(
+            escape=False, exclude_anchor_links=True, attachments=attachments or {}
+        )
+        return self._parse(MarkdownWithMath(renderer=renderer).render(clean(source)))
+
+    def _figure(self, cell):
+        alt = re.search(r"<!--\s*alt:(.*?)-->", cell.source, re.S)
+        text = _soup(self._markdown(CAPTION.sub("", cell.source, count=1)))
+        words = " ".join((alt[1] if alt else text.get_text()).split())
+        paragraphs = " ".join(part.decode_contents() for part in text("p"))
+        picture = picture_in(self.pictures[self.place])
+        picture = self._parse(f'<img src="{picture}" alt="{html.escape(words)}">')
+        number = self.numbers[self.place]
+        return (
+            f'<figure id="figure-{number}">{picture}<figcaption><b>Figure {number}.'
+            f"</b> {paragraphs}</figcaption></figure>"
+        )
+
+    def _parse(self, text):
+        """Return HTML in which all that is left can be typeset."""
+        soup = _soup(text)
+        for part in soup(string=lambda string: isinstance(string, UNSEEN)):
+            part.extract()
+        for tag in soup(["style", "title", "meta", "link"]):
+            tag.decompose()
+        for box in soup("input", type="checkbox"):
+            box.replace_with("☒ " if box.has_attr("checked") else "☐ ")
+        for tag in soup("svg"):
+            tag.replace_with(soup.new_tag("img", src=_address(str(tag))))
+        for tag in soup(NOT_TEXT):
+            tag.replace_with(_soup(self.note(f"an element <{tag.name}>")))
+        for image in soup("img"):
+            self._picture(image)
+        for tag in soup(id=True):
+            del tag["id"]
+        for link in soup("a", href=re.compile("^#")):
+            link["href"] = f"#{self.name}:{unquote(link['href'][1:])}"
+        for heading in soup(re.compile("^h[1-6]$")):
+            self.level = min(int(heading.name[1]), self.level + 1)  # none is left out
+            heading.name = f"h{self.level}"
+            name = f"{self.name}:{heading.get_text().strip().replace(' ', '-')}"
+            self.headings[name] = self.headings.get(name, 0) + 1
+            heading["id"] = name + f":{self.headings[name]}" * (self.headings[name] > 1)
+        for table in soup("table"):
+            size, is_turned = _size(table)
+            table["data-size"], table["data-turned"] = f"{size:.3f}", str(is_turned)
+        self._mentions(soup)
+        for place in soup.select(".math-too"):
+            for string in place(string=MATH):
+                if not string.find_parent(["code", "pre"]):
+                    string.replace_with(_soup(MATH.sub(_found, str(string))))
+            place.unwrap()
+        for tag in soup.select("span.math"):
+            tag["data-source"], tag["data-tex"] = tag["data-tex"], self._tex(tag)
+        return str(soup)
+
+    def _tex(self, tag):
+        """Return a formula as pandoc reads it, behind the macros of the page so far."""
+        tex = tag["data-tex"]
+        tex = re.sub(r"\\(label|require)\s*\{[^}]*\}|\\(nonumber|notag)\b", "", tex)
+        tex = re.sub(r"\\tag\*?\{([^}]*)\}", r"\\qquad (\1)", tex)
+        macros, rest = split_macros(re.sub(r"\\textcolor\s*\{[^}]*\}", "", tex))
+        self.macros += macros
+        return self.macros + (rest.strip() or "{}")
+
+    def _mentions(self, soup):
+        """Make links of figures and tables that are named; keep % with its number."""
+
+        def link(found):
+            kind = found[1].lower()
+
+            def one(part):
+                number = self._number(part[2]) if kind == "figure" else part[2]
+                return f'<a href="#{kind}-{number}">{part[1]}{number}</a>'
+
+            return re.sub(r"(Figures?\s+|Tables?\s+|)(\d+)", one, found[0])
+
+        for text in soup(string=re.compile(r"(Figure|Table)s?\s+\d|\d\s%")):
+            if not text.find_parent(["a", "code", "pre"]):
+                new = html.escape(re.sub(r"(?<=\d)\s%", "\u00a0%", text), quote=False)
+                text.replace_with(_soup(MENTION.sub(link, new)))
+
+    def _number(self, typed):
+        """Return the number of the nearest figure whose caption has this one typed."""
+        places = [
+            place
+            for place in self.numbers
+            if CAPTION.match(self.cells[place].source)[1] == typed
+        ]
+        nearest = min(places, key=lambda place: abs(place - self.place), default=None)
+        return self.numbers.get(nearest, typed)
+
+    # --- Pictures ---------------------------------------------------------------------
+
+    def _picture(self, image):
+        """Write the file of a picture, or say why it cannot be shown."""
+        address = image.get("src", "")
+        try:
+            content, kind = self._read(address)
+            if kind not in PICTURES.values():
+                raise OSError("it is of a type that is not known")
+            if kind != "svg":
+                image["data-width"] = f"{_points(image, content):.0f}pt"
+        except (OSError, ValueError, SyntaxError) as error:
+            what = f"the picture {address[:60]!r} ({str(error).split('<_io')[0]})"
+            image.replace_with(_soup(self.note(what)))
+            return
+        path = self.folder / f"{self.name}-{len(list(self.folder.iterdir()))}.{kind}"
+        path.write_bytes(content)
+        image.attrs = {
+            "src": path.name,
+            "alt": image.get("alt") or "a picture without a description",
+            "data-width": image.get("data-width", "auto"),
+        }
+
+    def _read(self, address):
+        """Return bytes and kind of a picture: in its address, or a file below root."""
+        if address.startswith("data:"):
+            with urllib.request.urlopen(address) as answer:
+                return answer.read(), PICTURES.get(answer.headers.get_content_type())
+        parts = urlsplit(address)
+        if len(parts.scheme) > 1:
+            raise OSError("it is not fetched: save it beside the notebook")
+        path = Path(self.root, unquote(parts.path)).resolve()
+        if not path.is_relative_to(self.root):
+            raise OSError("it lies outside of the project's folder")
+        if not path.is_file():
+            raise OSError("there is no such file")
+        self.files.append(path.relative_to(self.root))
+        return path.read_bytes(), path.suffix.lower()[1:].replace("jpeg", "jpg")
+
+
+def captioned(cells):
+    """Return the output with the picture of every caption, by the caption's place."""
+    found, pictures = {}, []
+    for place, cell in enumerate(cells):
+        if cell.cell_type == "code":
+            pictures = list(filter(picture_in, cell.outputs))
+        elif is_caption(cell) and pictures:
+            found[place] = pictures.pop()
+    return found
+
+
+def is_caption(cell):
+    """Return whether a cell is the caption of the plot above it."""
+    return cell.cell_type == "markdown" and bool(CAPTION.match(cell.source))
+
+
+def picture_in(output):
+    """Return the picture in an output as an address, or None."""
+    for kind in PICTURES:
+        content = output.get("data", {}).get(kind)
+        if content and kind == "image/svg+xml":
+            return _address(content)
+        if content:
+            return f"data:{kind};base64,{''.join(content.split())}"
+    return None
+
+
+def clean(text):
+    """Return text as a terminal leaves it, without its commands."""
+    text = re.sub(r"\x1b\].*?(\x07|\x1b\\)", "", text, flags=re.S)  # titles, links
+    lines = strip_ansi(text).replace("\r\n", "\n").split("\n")
+    lines = [line.rstrip("\r").rpartition("\r")[2] for line in lines]
+    return CONTROL.sub("", re.sub(r"[^\n]\x08", "", "\n".join(lines)))
+
+
+def split_macros(tex):
+    """Split a formula into the macros that it defines, for pandoc, and the rest."""
+    macros, rest, place = "", "", 0
+    for found in MACRO.finditer(tex):
+        begin, depth = tex.find("{", found.end()), 0
+        for end in range(begin, len(tex) if begin >= 0 else begin):
+            depth += {"{": 1, "}": -1}.get(tex[end], 0)
+            if not depth and found.start() >= place:
+                kind = "DeclareMathOperator" if "Declare" in found[0] else "newcommand"
+                count = re.findall(r"[#[](\d)", tex[found.end() : begin])[-1:]
+                count = "".join(f"[{number}]" for number in count)
+                macros += f"\\{kind}{{{found[1]}}}{count}{tex[begin : end + 1]}"
+                rest, place = rest + tex[place : found.start()], end + 1
+                break
+    return macros, rest + tex[place:]
+
+
+def _formula(tex, kind):
+    return f'<span class="math {kind}" data-tex="{html.escape(tex)}">math</span>'
+
+
+def _found(math):
+    return _formula(math[1] or math[2] or math[3], "inline" if math[2] else "display")
+
+
+def _soup(markup):
+    return bs4.BeautifulSoup(markup, "html.parser")
+
+
+def _address(svg):
+    return f"data:image/svg+xml,{quote(svg)}"
+
+
+def _pre(kind, text):
+    return f'<pre class="{html.escape(kind)}">{html.escape(text)}</pre>\n'
+
+
+def _points(image, content):
+    """Return how wide a picture is, as its element says, else by its pixels."""
+    with Image.open(io.BytesIO(content)) as opened:
+        opened.load()
+        pixels = opened.width
+    asked = re.match(r"([\d.]+)(%?)", str(image.get("width", "")))
+    if asked and asked[2]:
+        return WIDTH * min(100, float(asked[1])) / 100
+    return min(WIDTH, 0.75 * float(asked[1] if asked else pixels))
+
+
+def _size(table):
+    """Return the size of letters at which a table fits, and if on a turned page."""
+    widths = {}
+    for row in table("tr"):
+        for column, cell in enumerate(row(["td", "th"])):
+            # Longer words are broken
+            words = [min(len(word), 20) for word in cell.get_text(" ").split()]
+            widths[column] = max([1, widths.get(column, 1), *words])
+    needed = sum(LETTER * width + 12 for width in widths.values())
+    is_turned = WIDTH / needed < 0.6 and len(table("tr")) < 40
+    return min(1, (HEIGHT if is_turned else WIDTH) / needed) if widths else 1, is_turned
