@@ -79,7 +79,7 @@ def main(arguments=None):
             }
             settings = {**records.PRESETS[given.preset], **own}
             model, history = vt.train_run(settings, given.cache_dir, device, given.run)
-        print(records.summary(history))
+        print(records.summary(history, folder))
         predictions = figures.predict_test_images(
             vt.CIFAR10, given.cache_dir, model, device
         )

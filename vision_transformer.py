@@ -404,13 +404,16 @@ if __name__ == "__main__":
 # %% [markdown]
 # ## Training
 #
-# The four free parameters of the recipe:
+# The four free parameters of the recipe, the seed, and the folder of the run that is
+# shown. A finished run is loaded from there; another one is begun, or continued.
 
 # %% tags=["parameters"]
 DATASET_CACHE_DIR = "./data"
 BATCH_SIZE = 128
 LR = 3e-4
 N_EPOCHS = 50
+SEED = 0  # of the initial weights, the shuffling, the augmentation and the dropout
+RUN = "runs/exercise"
 
 # %% [markdown]
 # CIFAR-10 ([Krizhevsky,
@@ -420,7 +423,6 @@ N_EPOCHS = 50
 # what becomes of an image in `patchify`.
 
 # %%
-SEED = 0  # of the initial weights, the shuffling, the augmentation and the dropout
 NORMALIZATION = transforms.Normalize(
     mean=(0.49139968, 0.48215841, 0.44653091),
     std=(0.24703223, 0.24348513, 0.26158784),
@@ -436,14 +438,14 @@ TRAIN_TRANSFORM = transforms.Compose(
 VAL_TRANSFORM = transforms.Compose([transforms.ToTensor(), NORMALIZATION])
 
 
-def make_loaders(cache_dir, batch_size):
+def make_loaders(cache_dir, batch_size, dataset=CIFAR10):
     """Return the recipe's loaders of (B, 3, 32, 32) images and (B,) labels.
 
     First the training images, augmented, shuffled, the last incomplete batch dropped;
     then the validation images, in order and complete.
     """
-    train_set = CIFAR10(cache_dir, True, TRAIN_TRANSFORM, download=True)
-    val_set = CIFAR10(cache_dir, False, VAL_TRANSFORM, download=True)
+    train_set = dataset(cache_dir, True, TRAIN_TRANSFORM, download=True)
+    val_set = dataset(cache_dir, False, VAL_TRANSFORM, download=True)
     # Four workers belong to the recipe, since their seeds decide the augmentation;
     # on machines with fewer cores torch advises against them, at every iteration
     warnings.filterwarnings("ignore", message="This DataLoader will create")
@@ -521,7 +523,7 @@ def train(model, train_loader, val_loader, lr, n_epochs, device, run):
     return run.history
 
 
-def train_run(settings, cache_dir, device, folder=None):
+def train_run(settings, cache_dir, device, folder=None, dataset=CIFAR10):
     """Train a model from its seed, or continue, and record it; return it and history.
 
     ``settings`` are those of ``records.PRESETS``. A run that is finished is loaded.
@@ -537,30 +539,22 @@ def train_run(settings, cache_dir, device, folder=None):
     if run.is_finished:
         print(f"The run in {run.folder} is finished: it is loaded, not trained again.")
         return load_record(run.folder, settings, model)
-    fetch(CIFAR10, cache_dir)
-    loaders = make_loaders(cache_dir, settings["batch_size"])
+    fetch(dataset, cache_dir)
+    loaders = make_loaders(cache_dir, settings["batch_size"], dataset)
     lr, n_epochs = settings["lr"], settings["n_epochs"]
     return model, train(model, *loaders, lr, n_epochs, device, run)
 
 
 # %% [markdown]
-# Fifty epochs take hours without a GPU, so a finished run is loaded from its record,
-# after a check that it belongs to this model and the parameters above. The text below
-# describes the recorded run.
-
-# %% tags=["active-ipynb"]
-# TRAIN = False  # True: train with the parameters above instead
-# RECORD = "runs/exercise"  # the finished run that is shown otherwise
+# Fifty epochs take hours without a GPU, so a finished run is loaded, after a check that
+# it belongs to this model and the parameters above. The text below reads the run in
+# `runs/exercise`.
 
 # %% tags=["active-ipynb"]
 # settings = {"dataset": CIFAR10.__name__, "batch_size": BATCH_SIZE, "lr": LR}
 # settings |= {"n_epochs": N_EPOCHS, "seed": SEED}
-# if TRAIN:
-#     model, history = train_run(settings, DATASET_CACHE_DIR, device)
-# else:
-#     model = VisionTransformer().to(device)
-#     model, history = records.load_record(RECORD, settings, model)
-# print(records.summary(history))
+# model, history = train_run(settings, DATASET_CACHE_DIR, device, RUN, CIFAR10)
+# print(records.summary(history, RUN))
 
 # %% [markdown]
 # ## Plots

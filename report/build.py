@@ -1,14 +1,16 @@
 """What is shown, and how notebooks and PDF of it are made."""
 
+import ast
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from unittest import mock
 
 import nbformat
 from torchvision.datasets import CIFAR10
 
 from report import notebooks
+from report.cells import captioned, is_caption, picture_in
 from report.pdf import make_pdf
 from report.student import Student
 from report.sync import (
@@ -20,32 +22,20 @@ from report.sync import (
 )
 from support.dataset import fetch
 from support.demo_data import DemoCIFAR10
-from support.records import (
-    HISTORY_NAME,
-    PRESETS,
-    RECORD,
-    UserError,
-    checksum,
-    describe,
-    read_history,
-)
+from support.records import PRESETS, UserError, checksum, describe, read_history
 
 BUILD = Path("build")
 DEMO = {"dataset": DemoCIFAR10.__name__, "batch_size": 32, "n_epochs": 2}
-RUN_CELL = """\
-# injected: the run that this notebook shows; an edit of this cell is not kept
-BATCH_SIZE, LR, N_EPOCHS, SEED = {batch_size}, {lr!r}, {n_epochs}, {seed}
-RECORD = {record!r}\
-"""
-DEMO_CELL = """\
-# injected: DEMO DATA, generated, instead of CIFAR-10: see support/demo_data.py
-from support.demo_data import DemoCIFAR10 as CIFAR10\
-"""
+PARAMETERS = "parameters"  # papermill's name for the cell
 OTHER_RUN = """\
-<!-- injected; an edit of this cell is not kept -->
-**Another run is shown here than the one that the text reads.** The text was written for
-the recorded run of the exercise ({written_for}). The figures and tables show
-{shown}, and may contradict it.\
+# injected: the run that was asked for; an edit of this cell is not kept
+BATCH_SIZE, LR, N_EPOCHS, SEED = {batch_size}, {lr!r}, {n_epochs}, {seed}
+RUN = {run!r}
+print("This notebook shows another run than the one that its text reads.")\
+"""
+DEMO_DATA = """
+from support.demo_data import DemoCIFAR10 as CIFAR10
+print("DEMO DATA, generated, instead of CIFAR-10: see support/demo_data.py")\
 """
 
 
@@ -53,9 +43,9 @@ the recorded run of the exercise ({written_for}). The figures and tables show
 class Submission:
     """What a command shows: decided once, handed on to notebooks, PDF and ZIP.
 
-    ``run`` is the folder of the run and ``history`` its record; ``folder`` is where the
-    notebooks lie: here for the run that is handed in by default, below ``build`` for
-    any other.
+    ``run`` is the folder of the run that the notebooks show, and ``history`` its
+    record. ``folder`` is where the notebooks lie: here, where they name the run
+    themselves, or below ``build``, where another one was asked for.
     """
 
     student: Student
@@ -64,16 +54,28 @@ class Submission:
     folder: Path
 
     @classmethod
-    def of(cls, run, student):
-        """Read the record in a folder; raise ``UserError`` if there is none."""
-        run, history = Path(run).resolve(), read_history(run)
-        if run.is_relative_to(Path.cwd()):
-            run = run.relative_to(Path.cwd())
+    def of(cls, student, run=None):
+        """Read the record of the run; raise ``UserError`` if there is none."""
+        own = parameter(notebooks.read_script(SCRIPTS[1]), "RUN")
+        if run is None and own is None:
+            raise UserError(
+                f'no cell of {SCRIPTS[1]} has the tag "parameters" and gives RUN, the '
+                'folder of the run that is shown: restore it, as RUN = "runs/exercise"'
+            )
+        path = Path(run or own)
+        if run and path.is_absolute() and path.is_relative_to(Path.cwd()):
+            path = path.relative_to(Path.cwd())
+        if path.is_absolute() or ".." in path.parts:
+            raise UserError(
+                f"RUN={path} is not in the folder of the project, and the sheet asks "
+                "for relative paths: move it to runs/mine, for example, and name that"
+            )
+        history = read_history(path)
         describe(history)  # refuses what is no run by the recipe
-        folder = Path() if run == RECORD else BUILD / run.name
+        folder = Path() if path == Path(own or "") else BUILD / path
         if history["dataset"] != CIFAR10.__name__:
             folder = BUILD / "demo"
-        return cls(student, run, history, folder)
+        return cls(student, path, history, folder)
 
     @property
     def demo(self):
@@ -95,6 +97,33 @@ class Submission:
         """The path of the PDF."""
         folder = Path("report") if self.folder == Path() else self.folder
         return folder / f"{'DEMO-' * self.demo}{self.student.stem}.pdf"
+
+    def check(self):
+        """Refuse a stored notebook that shows another run, or another record of it."""
+        path = self.notebooks[1]
+        texts = [
+            output.get("text", "")
+            for cell in notebooks.read_notebook(path).cells
+            for output in cell.get("outputs", [])
+        ]
+        shown = re.findall(r"^run: (.+) \(record (\w+)\)$", "\n".join(texts), re.M)
+        wanted = self.run.as_posix(), self.history["sha256"][:8]
+        if shown != [wanted]:
+            there = " and ".join(f"{run} ({record})" for run, record in shown)
+            raise UserError(
+                f"{path} shows {there or 'no run'}, and not {wanted[0]} ({wanted[1]}): "
+                "`make report` executes it, where CIFAR-10 is in data or can be fetched"
+            )
+
+
+def parameter(notebook, name):
+    """Return a value of the cell tagged ``parameters``, or None if it gives none."""
+    for cell in notebook.cells:
+        if cell.cell_type == "code" and PARAMETERS in cell.metadata.get("tags", []):
+            for node in ast.parse(cell.source).body:
+                if isinstance(node, ast.Assign) and node.targets[0].id == name:
+                    return ast.literal_eval(node.value)
+    return None
 
 
 def store_notebooks(submission, keep=None):
@@ -121,12 +150,13 @@ def store_notebooks(submission, keep=None):
             print("refuse it until the data set is there.")
     else:
         executed[last_stored] = _execute(submission, transformer)
-    for path in executed:
+    for path, notebook in executed.items():
         if checksum(path) != before[path]:
             raise UserError(
                 f"{path} was saved while it was executed, and is left as it is: type "
                 "the same again"
             )
+        _check_pictures(notebook, path)
     for path, notebook in executed.items():
         notebooks.store(notebook, path)
 
@@ -135,6 +165,7 @@ def report(submission, keep=None):
     """Execute the notebooks, as far as there are data, and make the PDF."""
     store_notebooks(submission, keep)
     print(f"Making {submission.pdf.as_posix()} ...", flush=True)
+    submission.check()
     make_pdf(submission)
     if submission.student.is_placeholder:
         print("It is a DRAFT: fill in report/student.toml, or give SURNAME= and")
@@ -145,28 +176,48 @@ def _execute(submission, script):
     """Return the notebook of a script, executed, with the run that is shown."""
     notebook = notebooks.read_script(script)
     facts = {"source": cell_checksums(notebook), "code": code_checksums()}
-    if script == SCRIPTS[1]:
-        facts["record"] = checksum(submission.run / HISTORY_NAME)
-        if submission.folder != Path():
-            _inject_run(notebook, submission)
+    if submission.folder != Path() and script == SCRIPTS[1]:
+        _show_run(notebook, submission)
     print(f"Executing {script.stem}.ipynb ...", flush=True)
     notebooks.execute(notebook, f"{script.stem}.ipynb")
     notebook.metadata["provenance"].update(facts)
     return notebook
 
 
-def _inject_run(notebook, submission):
-    """Let a notebook show the run, and say that its text reads another."""
-    source = RUN_CELL.format(record=submission.run.as_posix(), **submission.history)
-    notebooks.inject(notebook, nbformat.v4.new_code_cell(source), "RECORD = ")
-    if submission.demo:
-        cell = nbformat.v4.new_code_cell(DEMO_CELL)
-        notebooks.inject(notebook, cell, "DATASET_CACHE_DIR = ")
-    text = OTHER_RUN.format(
-        written_for=describe(PRESETS["default"]), shown=describe(submission.history)
-    )
-    cell = nbformat.v4.new_markdown_cell(text)
-    notebooks.inject(notebook, cell, "## Plots")
+def _show_run(notebook, submission):
+    """Give other values to the parameters, by a cell behind theirs."""
+    values = OTHER_RUN.format(run=submission.run.as_posix(), **submission.history)
+    cell = nbformat.v4.new_code_cell(values + DEMO_DATA * submission.demo)
+    cell["id"], cell.metadata["tags"] = notebooks.INJECTED, [notebooks.INJECTED]
+    tags = [cell.metadata.get("tags", []) for cell in notebook.cells]
+    places = [place for place, names in enumerate(tags) if PARAMETERS in names]
+    if not places:
+        raise UserError(f'no cell of {SCRIPTS[1]} has the tag "parameters": restore it')
+    notebook.cells.insert(places[0] + 1, cell)
+
+
+def _check_pictures(notebook, path):
+    """Refuse an executed notebook of which plots are gone, for whatever reason."""
+    then = {}
+    if path.is_file():
+        stored = notebooks.read_notebook(path)
+        then = {c.source: c.outputs for c in stored.cells if c.cell_type == "code"}
+    with_picture, is_told, last = captioned(notebook.cells), False, 1
+    for place, cell in enumerate(notebook.cells):
+        number = place + 1
+        if cell.cell_type == "code":
+            is_told, last = "Not shown (" in str(cell.outputs), number
+            drew = any(map(picture_in, then.get(cell.source, [])))
+            if drew and not is_told and not any(map(picture_in, cell.outputs)):
+                raise UserError(
+                    f"{path}, cell {number} draws nothing any more: let it draw, or "
+                    "delete its outputs; nothing was stored"
+                )
+        elif is_caption(cell) and place not in with_picture and not is_told:
+            raise UserError(
+                f"{path}, cell {number} is the caption of a plot, but cell {last} "
+                "above it draws none that has no caption yet; nothing was stored"
+            )
 
 
 def demo(student, keep=None):
@@ -174,16 +225,13 @@ def demo(student, keep=None):
     import vision_transformer  # not above: a mistake in it must not stop all commands
     from attention import choose_device
 
+    folder = BUILD / "demo" / "run"
     for script in SCRIPTS:
         bring_together(script, BUILD / "demo" / f"{script.stem}.ipynb", keep)
-    folder = BUILD / "demo" / "run"
     shutil.rmtree(folder, ignore_errors=True)
-    with mock.patch.object(vision_transformer, "CIFAR10", DemoCIFAR10):
-        vision_transformer.train_run(
-            {**PRESETS["default"], **DEMO},
-            cache_dir=BUILD / "demo",
-            device=choose_device(),
-            folder=folder,
-        )
-    report(Submission.of(folder, student))
+    settings = {**PRESETS["default"], **DEMO}
+    vision_transformer.train_run(
+        settings, BUILD / "demo", choose_device(), folder, DemoCIFAR10
+    )
+    report(Submission.of(student, folder))
     print("It shows a demo on generated images, and cannot be handed in.")

@@ -11,7 +11,7 @@ from pathlib import Path
 from report.notebooks import read_notebook
 from report.pdf import LISTINGS, make_pdf
 from report.student import tomllib
-from report.sync import SCRIPTS, bring_together, first_not_executed, provenance
+from report.sync import SCRIPTS, bring_together, first_not_executed
 from support.records import (
     FORMER,
     HISTORY_NAME,
@@ -61,7 +61,8 @@ def make_zip(submission, weights=True, keep=None):
         if target.is_file():
             raise UserError(f"{error} ({target} is still that of before)") from error
         raise
-    content = pack(_members(submission, weights))
+    pictures = make_pdf(submission)  # of the notebooks as they are now
+    content = pack(_members(submission, weights, pictures))
     with tempfile.TemporaryDirectory() as temporary:
         # A name as graders' folders have them
         _test_as_grader(content, Path(temporary, "Übung 11 ä"))
@@ -87,8 +88,13 @@ def _make_ready(submission, weights, keep):
     for script, notebook in submission.pairs:
         bring_together(script, notebook, keep)
         _check_notebook(script, notebook)
-    _check_record(submission, weights)
-    make_pdf(submission)  # of the notebooks as they are now
+    submission.check()
+    path = submission.run / WEIGHTS_NAME
+    if weights and checksum(path) != submission.history["weights_sha256"]:
+        raise UserError(
+            f"{path} is missing, or not that of the record: restore it, or leave it "
+            "out with WEIGHTS=0"
+        )
 
 
 def _check_notebook(script, notebook):
@@ -104,23 +110,7 @@ def _check_notebook(script, notebook):
         )
 
 
-def _check_record(submission, weights):
-    notebook = submission.notebooks[1]
-    shown = provenance(read_notebook(notebook)).get("record")
-    if shown != checksum(submission.run / HISTORY_NAME):
-        raise UserError(
-            f"{notebook} does not show the run in {submission.run}: run `make report` "
-            "where the data set is, or can be fetched"
-        )
-    path = submission.run / WEIGHTS_NAME
-    if weights and checksum(path) != submission.history["weights_sha256"]:
-        raise UserError(
-            f"{path} is missing, or not that of the record: restore it, or leave it "
-            "out with WEIGHTS=0"
-        )
-
-
-def _members(submission, weights):
+def _members(submission, weights, pictures):
     """Return what goes into the ZIP, as a dict from name to bytes."""
     record = [HISTORY_NAME, WEIGHTS_NAME] if weights else [HISTORY_NAME]
     files = [
@@ -128,6 +118,7 @@ def _members(submission, weights):
         Path("support", "__init__.py"),
         *map(Path, LISTINGS),
         *(submission.run / name for name in record),
+        *pictures,
     ]
     project = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))
     needed = [entry.split(",")[0] for entry in project["dependency-groups"]["run"]]

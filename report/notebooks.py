@@ -27,7 +27,7 @@ from support.records import UserError, processor_name, write_whole
 
 CELL_SECONDS = 1200  # a cell that takes longer hangs: no cell trains
 INJECTED = "injected-parameters"  # papermill's name for it
-MARKS = ("# injected", "<!-- injected")  # what such a cell begins with: tags get lost
+MARK = "# injected"  # what such a cell begins with, since editors lose tags
 FIRST = [
     "import matplotlib; matplotlib.rcdefaults()",  # whatever a matplotlibrc says
     # This folder, behind the standard library
@@ -69,18 +69,8 @@ def read_notebook(path):
 
 
 def is_injected(cell):
-    """Return whether a cell was inserted by ``inject``."""
-    return INJECTED in cell.metadata.get("tags", []) or cell.source.startswith(MARKS)
-
-
-def inject(notebook, cell, place):
-    """Insert a cell behind the first one that ``place`` stands in, in place."""
-    cell.metadata["tags"] = [INJECTED]
-    numbers = [n for n, other in enumerate(notebook.cells, 1) if place in other.source]
-    if not numbers:
-        raise UserError(f"a cell with {place!r} is missing: restore it")
-    cell["id"] = f"{INJECTED}-{numbers[0]}"
-    notebook.cells.insert(numbers[0], cell)
+    """Return whether a cell was inserted by a command."""
+    return INJECTED in cell.metadata.get("tags", []) or cell.source.startswith(MARK)
 
 
 def execute(notebook, name, timeout=CELL_SECONDS):

@@ -34,7 +34,10 @@ EQUATION = re.compile(
 
 
 def make_pdf(submission):
-    """Make the PDF of a ``Submission`` from its stored notebooks; say what it lacks."""
+    """Make the PDF of a ``Submission`` from its stored notebooks; say what it lacks.
+
+    Returns the files of pictures that the notebooks show.
+    """
     notebooks = [read_notebook(path) for path in submission.notebooks]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -45,6 +48,7 @@ def make_pdf(submission):
     write_whole(submission.pdf, content)
     for note in report.notes:
         print(f"Not as in the notebook: {note}")
+    return [path for task in tasks for path in task.files]
 
 
 def cells_of(paths, notebooks, folder):

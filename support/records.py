@@ -248,10 +248,11 @@ def describe(history):
     )
 
 
-def summary(history):
-    """Return what is known of a finished run as a few lines."""
+def summary(history, folder):
+    """Return what is known of the finished run in a folder as a few lines."""
     by_recipe = history["val_accs"]
     lines = [
+        f"run: {Path(folder).as_posix()} (record {history['sha256'][:8]})",
         describe(history),
         f"{hours(history):.2f} hours (epochs times their median) on "
         f"{history['machine']}, {finished(history)}",
