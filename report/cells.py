@@ -10,6 +10,7 @@ import re
 import urllib.request
 from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit
+from xml.etree import ElementTree
 
 import bs4
 from nbconvert.filters import strip_ansi
@@ -250,6 +251,8 @@ class Cells:
                 raise OSError("it is of a type that is not known")
             if kind != "svg":
                 image["data-width"] = f"{_points(image, content):.0f}pt"
+            elif not ElementTree.fromstring(content).tag.endswith("svg"):
+                raise OSError("it is no SVG")
         except (OSError, ValueError, SyntaxError) as error:
             what = f"the picture {address[:60]!r} ({str(error).split('<_io')[0]})"
             image.replace_with(_soup(self.note(what)))

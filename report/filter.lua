@@ -5,6 +5,11 @@ local function typst_string(text)
   return '"' .. text:gsub("\\", "\\\\"):gsub('"', '\\"') .. '"'
 end
 
+-- pandoc drops "data-" from some names only
+local function attribute(element, name)
+  return element.attributes[name] or element.attributes["data-" .. name]
+end
+
 local function typst(blocks)
   return pandoc.write(pandoc.Pandoc(blocks), "typst")
 end
@@ -54,8 +59,8 @@ local function Span(span)
     return span.content
   end
   local kind = span.classes:includes("display") and "DisplayMath" or "InlineMath"
-  local source = span.attributes.source
-  local math = pandoc.Math(kind, span.attributes.tex)
+  local source = attribute(span, "source")
+  local math = pandoc.Math(kind, attribute(span, "tex"))
   local inner = typst({ pandoc.Plain({ math }) })
   if not inner:match("^%s*%$") then  -- pandoc cannot convert it
     return pandoc.RawInline("typst", "#raw(lang: \"tex\", " .. typst_string(source) .. ")")
@@ -70,7 +75,7 @@ end
 local function Image(image)
   return pandoc.RawInline("typst", ("#box(image(%s, alt: %s, width: %s))"):format(
     typst_string(image.src), typst_string(pandoc.utils.stringify(image.caption)),
-    image.attributes.width or image.attributes["data-width"] or "auto"
+    attribute(image, "width") or "auto"
   ))
 end
 
@@ -123,7 +128,7 @@ local function Table(table)
     local side = spec[1] == "AlignDefault" and "AlignLeft" or spec[1]
     table.colspecs[i] = { side, nil }
   end
-  local size, turned = table.attributes.size, table.attributes.turned == "true"
+  local size, turned = attribute(table, "size"), attribute(table, "turned") == "True"
   if not size or tonumber(size) == 1 then return table end
   local form = "#[#show table: set text(size: %s * 9.5pt)\n"
     .. "#set table(inset: (x: 0.5em, y: 0.35em))\n%s"

@@ -18,7 +18,6 @@ from report import notebooks
 from report.build import Submission
 from report.pdf import make_pdf
 from report.student import check_student
-from support import records
 
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(2)
@@ -98,7 +97,7 @@ def reported(tmp_path_factory):
     folder = copy_project(tmp_path_factory.mktemp("reported") / "project")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        make_pdf(Submission.of(records.RECORD, STUDENT))
+        make_pdf(Submission.of(STUDENT))
     return folder
 
 

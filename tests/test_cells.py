@@ -9,6 +9,7 @@ from pathlib import Path
 
 import nbformat
 import pypdf
+import pypdfium2
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from PIL import Image
@@ -29,7 +30,7 @@ FACTS = {
     ],
     "no_font": "",
 }
-WIDTH = 595  # of the page, in points
+WIDTH, HEIGHT = 595, 842  # of the page, in points
 
 
 def png(color="red", width=40):
@@ -58,16 +59,35 @@ class Page:
         self.is_accessible = b"pdfuaid" in self.content
         self.files = task.files
 
-    def rightmost(self):
-        """Return where the text that reaches farthest to the right begins."""
+    def signs(self):
+        """Return the box of every sign: (left, bottom, right, top), a list a page."""
         found = []
-        for page in self.pages:
-            page.extract_text(
-                visitor_text=lambda text, _, matrix, *__: found.append(
-                    matrix[4] * bool(text.strip())
-                )
+        for page in list(pypdfium2.PdfDocument(self.content))[1:]:
+            text = page.get_textpage()
+            signs = range(text.count_chars())
+            found.append(
+                [
+                    text.get_charbox(n)
+                    for n in signs
+                    if text.get_text_range(n, 1).strip()
+                ]
             )
-        return max(found)
+        return found
+
+    def assert_readable(self):
+        """No sign lies beyond the page, and none over another."""
+        for boxes in self.signs():
+            for left, bottom, right, top in boxes:
+                assert 20 < left < right < WIDTH - 20
+                assert 10 < bottom < top < HEIGHT - 10
+            middles = [((a + c) / 2, (b + d) / 2) for a, b, c, d in boxes]
+            for (a, b, c, d), here in zip(boxes, middles, strict=True):
+                inside = [
+                    (x, y)
+                    for x, y in middles
+                    if a < x < c and b < y < d and (x, y) != here
+                ]
+                assert not inside, here
 
 
 @pytest.fixture
@@ -344,7 +364,7 @@ WIDE = {
 @pytest.mark.parametrize("name", WIDE)
 def test_nothing_ends_beyond_the_page(typeset, name):
     page = typeset(new_markdown_cell(WIDE[name]))
-    assert page.rightmost() < WIDTH - 30
+    page.assert_readable()
     assert page.is_accessible
 
 
@@ -369,7 +389,7 @@ def test_long_lines_of_outputs_break_with_a_mark(typeset):
     page = typeset(new_code_cell("", outputs=[output]))
     assert page.text.count("↪") == 2
     assert page.text.count("7") >= 300
-    assert page.rightmost() < WIDTH - 60
+    page.assert_readable()
 
 
 def plot(*captions, text="A sentence."):

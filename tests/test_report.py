@@ -61,7 +61,7 @@ def source_of(name):
 
 def shown(student=STUDENT, **changes):
     """What `make report` shows in the working directory."""
-    return dataclasses.replace(Submission.of(records.RECORD, student), **changes)
+    return dataclasses.replace(Submission.of(student), **changes)
 
 
 # --- The PDF -------------------------------------------------------------------------

@@ -46,7 +46,7 @@ def edited(light, tmp_path, executed, monkeypatch):
 
 
 def submission():
-    return Submission.of(records.RECORD, STUDENT)
+    return Submission.of(STUDENT)
 
 
 COMMANDS = {
