@@ -10,12 +10,16 @@ paper's dropout that was broken off. Screens and finals were run with code that 
 same weights in another order, so to run them again gives other numbers.
 
 A finished trial is a file in ``bench/trials`` and is not run again. An interrupted one
-continues after its last epoch, from its folder in ``build/trials``.
+continues after its last epoch, from its folder in ``build/trials``. What all of them
+reached is in ``runs/trials.csv``, which the notebook reads.
 """
 
 import argparse
+import csv
+import io
 import json
 import math
+import statistics
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,9 +38,13 @@ from support.dataset import fetch  # noqa: E402
 from support.figures import calibration  # noqa: E402
 from support.records import (  # noqa: E402
     PRESETS,
+    QUICK_RECORD,
+    TRIALS_TABLE,
     UserError,
+    first_epoch_at,
     load_record,
     processor_name,
+    read_history,
     write_whole,
 )
 from support.training import Run, use_quick_dropout  # noqa: E402
@@ -44,6 +52,7 @@ from support.training import Run, use_quick_dropout  # noqa: E402
 FOLDER = ROOT / "bench" / "trials"
 RUNS = ROOT / "build" / "trials"
 HELD_OUT = 5_000
+SETTINGS_SHOWN = ("group", "name", "batch_size", "lr", "epochs", "images", "seed")
 SEEDS = (1, 2)  # beside 0, that of runs/quick and of all trials but some ablations
 
 
@@ -310,13 +319,55 @@ def store(path, record):
     )
 
 
+def table():
+    """Return what every trial reached, and every quick run, as CSV.
+
+    Accuracies in percent, loss in nats, both held out: after the last epoch, or the
+    mean over the last five if there are 20 or more, since single epochs scatter. Of a
+    quick run, they are of the test images.
+    """
+    found = [
+        json.loads(path.read_text(encoding="utf-8"))
+        for path in sorted(FOLDER.glob("*.json"))
+    ]
+    short = [record for record in found if "held_out_accs" in record]
+    for final in [record for record in short if record["group"] == "final"]:
+        # Its first epochs have the settings and the images of an ablation
+        first = {k: v[:20] for k, v in final.items() if isinstance(v, list)}
+        short.append({**final, **first, "group": "ablation", "epochs": 20})
+    rows = []
+    for record in short:
+        number = 5 if record["epochs"] >= 20 else 1
+        recipe, evaluated, loss = (
+            statistics.mean(record[name][-number:]) if name in record else None
+            for name in ("held_out_accs", "held_out_accs_eval", "held_out_losses")
+        )
+        settings = [record[key] for key in SETTINGS_SHOWN]
+        rows.append([*settings, f"{100 * recipe:.2f}", f"{100 * evaluated:.2f}"])
+        rows[-1] += ["" if loss is None else f"{loss:.3f}", ""]
+    quick = [record for record in found if "val_accs" in record]
+    for history in [read_history(ROOT / QUICK_RECORD), *quick]:
+        ends = (
+            f"{100 * history[key][-1]:.2f}" for key in ("val_accs", "val_accs_eval")
+        )
+        settings = (history[key] for key in ("batch_size", "lr", "n_epochs"))
+        first = first_epoch_at(history["val_accs"], 0.7)
+        rows.append(["quick", "seeds", *settings, 50_000, history["seed"], *ends])
+        rows[-1] += ["", first]
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow([*SETTINGS_SHOWN, "recipe", "eval", "loss", "epoch_at_70"])
+    writer.writerows(sorted(rows, key=lambda row: (row[0], -float(row[7]))))
+    return buffer.getvalue()
+
+
 def main():
     groups = [*dict.fromkeys(trial.group for trial in TRIALS), "seeds"]
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument(
         "groups",
-        nargs="+",
-        help=f"which to run, of {', '.join(groups)}",
+        nargs="*",
+        help=f"which to run, of {', '.join(groups)}; the table is made in any case",
     )
     parser.add_argument("--cache-dir", default="data")
     arguments = parser.parse_args()
@@ -325,13 +376,15 @@ def main():
         parser.error(f"no such group: {', '.join(unknown)}")
     device = choose_device()
     try:
-        fetch(CIFAR10, arguments.cache_dir)
+        if arguments.groups:
+            fetch(CIFAR10, arguments.cache_dir)
         for trial in TRIALS:
             if trial.group in arguments.groups and not trial.path.exists():
                 store(trial.path, run(trial, arguments.cache_dir, device))
         for seed in SEEDS if "seeds" in arguments.groups else ():
             if not seed_path(seed).exists():
                 store(seed_path(seed), run_seed(seed, arguments.cache_dir, device))
+        write_whole(ROOT / TRIALS_TABLE, table().encode())
     except UserError as error:
         return f"error: {error}"
     except KeyboardInterrupt:

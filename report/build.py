@@ -215,8 +215,8 @@ def _check_pictures(notebook, path):
                 )
         elif is_caption(cell) and place not in with_picture and not is_told:
             raise UserError(
-                f"{path}, cell {number} is the caption of a plot, but cell {last} "
-                "above it draws none that has no caption yet; nothing was stored"
+                f"{path}, cell {number} is a caption, but cell {last} "
+                "above it shows nothing that it could belong to; nothing was stored"
             )
 
 

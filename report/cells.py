@@ -17,8 +17,8 @@ from nbconvert.filters import strip_ansi
 from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 from PIL import Image
 
-# The caption of a plot, in the cell below it; the number may be left out
-CAPTION = re.compile(r"\s*\*\*Figure\s*(\d*)\s*[.:]?\*\*\s*[.:]?\s*")
+# The caption of a plot or table, in the cell below it; the number may be left out
+CAPTION = re.compile(r"\s*\*\*(Figure|Table)\s*(\d*)\s*[.:]?\*\*\s*[.:]?\s*")
 MENTION = re.compile(r"\b(Figure|Table)s?\s+\d+(?:(?:,|,? and|,? to)\s+\d+)*")
 MATH = re.compile(
     r"\$\$(.+?)\$\$|(?<![\\$])\$(.+?)\$|(\\begin\{(\w+\*?)\}.+?\\end\{\4\})", re.S
@@ -66,22 +66,26 @@ class Cells:
     """The cells of one notebook, as HTML.
 
     Pictures are written into ``folder``; paths in the notebook begin at ``root``, and
-    nothing outside of it is read. Figures are counted from ``first`` on; a number that
-    is typed in a caption says only which figure a text means.
+    nothing outside of it is read. ``counts`` says how many captions stand before; a
+    number that is typed in a caption says only which one a text means.
     """
 
-    def __init__(self, notebook, name, folder, root=".", first=1):
+    def __init__(self, notebook, name, folder, root=".", counts=None):
         self.cells, self.name = notebook.cells, name
         self.folder, self.root = Path(folder), Path(root).resolve()
-        self.pictures = captioned(self.cells)
-        self.numbers = {place: first + n for n, place in enumerate(self.pictures)}
+        counts = {} if counts is None else counts
+        self.captioned, self.numbers = captioned(self.cells), {}
+        for place in self.captioned:
+            kind = CAPTION.match(self.cells[place].source)[1]
+            counts[kind] = counts.get(kind, 0) + 1
+            self.numbers[place] = counts[kind]
         self.sources, self.left_out, self.files, self.notes = {}, [], [], []
         self.place, self.level, self.macros = 0, 0, ""
         self.headings = {}  # how many there are of each name
 
     def html(self):
         """Return all cells; each begins with a mark that names it."""
-        drawn, parts = list(map(id, self.pictures.values())), []
+        drawn, parts = list(map(id, self.captioned.values())), []
         for place, cell in enumerate(self.cells):
             self.place = place
             stem = f"{self.name}-{place + 1}"
@@ -98,7 +102,7 @@ class Cells:
                 parts.append(_pre("output", clean(cell.source)))
             elif not is_caption(cell):
                 parts.append(self._markdown(cell.source, cell.get("attachments")))
-            elif place in self.pictures:
+            elif place in self.captioned:
                 parts.append(self._figure(cell))
         return "\n".join(parts)
 
@@ -158,12 +162,16 @@ class Cells:
         text = _soup(self._markdown(CAPTION.sub("", cell.source, count=1)))
         words = " ".join((alt[1] if alt else text.get_text()).split())
         paragraphs = " ".join(part.decode_contents() for part in text("p"))
-        picture = picture_in(self.pictures[self.place])
-        picture = self._parse(f'<img src="{picture}" alt="{html.escape(words)}">')
+        output, kind = self.captioned[self.place], CAPTION.match(cell.source)[1]
+        if kind == "Figure":
+            image = f'<img src="{picture_in(output)}" alt="{html.escape(words)}">'
+            shown = self._parse(image)
+        else:
+            shown = self._best(output.data, False)
         number = self.numbers[self.place]
         return (
-            f'<figure id="figure-{number}">{picture}<figcaption><b>Figure {number}.'
-            f"</b> {paragraphs}</figcaption></figure>"
+            f'<figure id="{kind.lower()}-{number}">{shown}<figcaption><b>{kind} '
+            f"{number}.</b> {paragraphs}</figcaption></figure>"
         )
 
     def _parse(self, text):
@@ -220,7 +228,7 @@ class Cells:
             kind = found[1].lower()
 
             def one(part):
-                number = self._number(part[2]) if kind == "figure" else part[2]
+                number = self._number(found[1], part[2])
                 return f'<a href="#{kind}-{number}">{part[1]}{number}</a>'
 
             return re.sub(r"(Figures?\s+|Tables?\s+|)(\d+)", one, found[0])
@@ -230,12 +238,12 @@ class Cells:
                 new = html.escape(re.sub(r"(?<=\d)\s%", "\u00a0%", text), quote=False)
                 text.replace_with(_soup(MENTION.sub(link, new)))
 
-    def _number(self, typed):
-        """Return the number of the nearest figure whose caption has this one typed."""
+    def _number(self, kind, typed):
+        """Return the number of the nearest caption that has this one typed."""
         places = [
             place
             for place in self.numbers
-            if CAPTION.match(self.cells[place].source)[1] == typed
+            if CAPTION.match(self.cells[place].source).groups() == (kind, typed)
         ]
         nearest = min(places, key=lambda place: abs(place - self.place), default=None)
         return self.numbers.get(nearest, typed)
@@ -283,19 +291,30 @@ class Cells:
 
 
 def captioned(cells):
-    """Return the output with the picture of every caption, by the caption's place."""
-    found, pictures = {}, []
+    """Return the output that every caption belongs to, by the place of the caption."""
+    found, groups = {}, []
     for place, cell in enumerate(cells):
         if cell.cell_type == "code":
-            pictures = list(filter(picture_in, cell.outputs))
-        elif is_caption(cell) and pictures:
-            found[place] = pictures.pop()
-    return found
+            groups.append((cell.outputs, {"Figure": [], "Table": []}))
+        elif is_caption(cell) and groups:
+            groups[-1][1][CAPTION.match(cell.source)[1]].append(place)
+    for outputs, captions in groups:
+        for kind, places in captions.items():
+            shown = [output for output in outputs if SHOWS[kind](output)]
+            found.update(zip(places, shown[-len(places) :], strict=False))
+    return dict(sorted(found.items()))
 
 
 def is_caption(cell):
-    """Return whether a cell is the caption of the plot above it."""
+    """Return whether a cell is the caption of the plot or table above it."""
     return cell.cell_type == "markdown" and bool(CAPTION.match(cell.source))
+
+
+def _table_in(output):
+    data = output.get("data", {})
+    return "|---" in data.get("text/markdown", "").replace(" ", "") or (
+        "<table" in data.get("text/html", "")
+    )
 
 
 def picture_in(output):
@@ -307,6 +326,9 @@ def picture_in(output):
         if content:
             return f"data:{kind};base64,{''.join(content.split())}"
     return None
+
+
+SHOWS = {"Figure": picture_in, "Table": _table_in}
 
 
 def clean(text):

@@ -81,9 +81,10 @@ end
 
 -- Runs after the inlines, so formulas and citations of the caption are done
 local function Figure(figure)
-  local image = typst(figure.content):gsub("%s+$", ""):gsub("^#box", "#")
+  local content = typst(figure.content):gsub("%s+$", ""):gsub("^#box", "#")
+    :gsub("^#figure%((.*),%s*kind: table%s*%)$", "#{%1}")
   return pandoc.RawBlock("typst", string.format(
-    "#figure(caption: [%s])[%s] %s", typst(figure.caption.long), image, label(figure.identifier)
+    "#figure(caption: [%s])[%s] %s", typst(figure.caption.long), content, label(figure.identifier)
   ))
 end
 

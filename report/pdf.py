@@ -13,7 +13,7 @@ import typst
 from report.cells import Cells
 from report.notebooks import read_notebook
 from report.sync import provenance
-from report.tables import origin, points, trials
+from report.tables import origin, points
 from support.records import UserError, write_whole
 
 HERE = Path(__file__).parent
@@ -52,12 +52,12 @@ def make_pdf(submission):
 
 
 def cells_of(paths, notebooks, folder):
-    """Return the ``Cells`` of notebooks, whose figures are counted through."""
-    tasks, first = [], 1
-    for path, notebook in zip(paths, notebooks, strict=True):
-        tasks.append(Cells(notebook, path.stem, folder, ROOT, first))
-        first += len(tasks[-1].numbers)
-    return tasks
+    """Return the ``Cells`` of notebooks, whose captions are counted through."""
+    counts = {}
+    return [
+        Cells(notebook, path.stem, folder, ROOT, counts)
+        for path, notebook in zip(paths, notebooks, strict=True)
+    ]
 
 
 class Report:
@@ -76,8 +76,7 @@ class Report:
         self.notes += [note for task in tasks for note in task.notes]
         self._write("body", "".join(f'#include "{stem}.typ"\n' for stem in self.cells))
 
-        for stem in ("trials", "code"):
-            self._write(stem, "")
+        self._write("code", "")
 
     def append(self, tasks):
         """Add the appendices."""
@@ -89,7 +88,6 @@ class Report:
         self._write(
             "code", "\n".join(f"== {_string(n)}\n{_raw(text)}" for n, text in code)
         )
-        self._write("trials", to_typst(trials(), "markdown"))
 
     def _write(self, stem, text):
         Path(self.folder, f"{stem}.typ").write_text(text, encoding="utf-8")
@@ -173,12 +171,12 @@ def _raw(text, lang="python"):
     return f'#raw(block: true, lang: "{lang}", {_string(text.strip())[1:]})'
 
 
-def to_typst(text, kind="html"):
+def to_typst(text):
     """Convert HTML to Typst."""
     return pypandoc.convert_text(
         text,
         to="typst+smart",
-        format=kind,
+        format="html",
         extra_args=[
             f"--lua-filter={HERE / 'filter.lua'}",
             *("--wrap=none", "--preserve-tabs", "--quiet"),

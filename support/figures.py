@@ -4,9 +4,11 @@ A ``plot_...`` function returns a figure. Where the model or its predictions are
 (None), it says so in one line instead.
 """
 
+import csv
 import functools
 import json
 import math
+import statistics
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,12 +17,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from einops import rearrange
+from IPython.display import Markdown
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
 from attention import SelfAttention2d
-from support.records import FORMER, describe, first_epoch_at
+from support.records import FORMER, TRIALS_TABLE, describe, first_epoch_at
 from vision_transformer import VAL_TRANSFORM, VisionTransformer, predict
 
 BLUE, ORANGE, SKY, YELLOW, GREY = "#0072B2", "#D55E00", "#56B4E9", "#E69F00", "0.45"
@@ -575,6 +578,50 @@ def plot_predictions(predictions):
             )
             ax.set_xlabel(f"is {classes[labels[index]]}")
     return figure
+
+
+# --- Task 2: trials ---------------------------------------------------
+
+
+def _table(header, rows):
+    """Return a table for a notebook."""
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return Markdown("\n".join(f"| {' | '.join(map(str, line))} |" for line in lines))
+
+
+def _mean(rows, name):
+    return f"{statistics.mean(float(row[name]) for row in rows):.2f}"
+
+
+def show_trials(path=TRIALS_TABLE, chosen="zero branches, MLP dropout"):
+    """Show finals and ablations, the best first; those of several seeds by the mean."""
+    with Path(path).open(encoding="utf-8", newline="") as file:
+        records = list(csv.DictReader(file))
+    rows = []
+    for group in ("final", "ablation"):
+        names = dict.fromkeys(r["name"] for r in records if r["group"] == group)
+        for name in names:
+            same = [r for r in records if (r["group"], r["name"]) == (group, name)]
+            values = (_mean(same, key) for key in ("recipe", "eval", "loss"))
+            shown = f"**{name}**" if name == chosen else name
+            rows.append([shown, same[0]["epochs"], len(same), *values])
+    header = ["model", "epochs", "seeds", "recipe / %", "`eval()` / %", "loss / nats"]
+    return _table(header, sorted(rows, key=lambda row: (-int(row[1]), -float(row[3]))))
+
+
+def show_seeds(path=TRIALS_TABLE):
+    """Show the quick runs, which differ in the seed, with their mean and spread."""
+    with Path(path).open(encoding="utf-8", newline="") as file:
+        runs = [row for row in csv.DictReader(file) if row["group"] == "quick"]
+    runs.sort(key=lambda row: int(row["seed"]))
+    rows = [[r["seed"], r["recipe"], r["eval"], r["epoch_at_70"]] for r in runs]
+    spread = (
+        f"{statistics.stdev(float(row[key]) for row in runs):.2f}"
+        for key in ("recipe", "eval")
+    )
+    rows.append(["mean", _mean(runs, "recipe"), _mean(runs, "eval"), ""])
+    rows.append(["standard deviation", *spread, ""])
+    return _table(["seed", "recipe / %", "`eval()` / %", "70 % in epoch"], rows)
 
 
 # --- Task 2: what the model has learned -------------------------------

@@ -29,6 +29,7 @@ DEFAULT = {
 QUICK = {**DEFAULT, "batch_size": 32, "lr": 2e-4, "n_epochs": 13}  # chosen by trials
 PRESETS = {"default": DEFAULT, "quick": QUICK}
 RECORD, QUICK_RECORD = Path("runs", "exercise"), Path("runs", "quick")
+TRIALS_TABLE = Path("runs", "trials.csv")  # what short runs reached
 FORMER = Path("bench", "former", "default.json")  # of an earlier version
 HISTORY_NAME = "history.json"
 WEIGHTS_NAME = "vision_transformer.safetensors"
