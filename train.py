@@ -18,7 +18,7 @@ import vision_transformer as vt
 from attention import choose_device
 from support import dataset, records
 
-PASSES = 5  # with dropout active, to verify
+PASSES = 3  # with dropout active, to verify
 
 
 def number(kind, name, least, limit):
