@@ -186,12 +186,7 @@ def test_a_downloaded_archive_is_as_readable_as_other_files(server, tmp_path):
     [
         (dataset.Path, "open", errno.ENOSPC, "make room"),
         (dataset, "move", errno.EROFS, "can be written"),
-        (
-            dataset,
-            "check_integrity",
-            errno.EACCES,
-            "the right to read",
-        ),  # another user's
+        (dataset, "is_present", errno.EACCES, "the right to read"),  # another's data
     ],
 )
 def test_what_the_disk_refuses_is_said_and_tried_once(
@@ -208,7 +203,7 @@ def test_what_the_disk_refuses_is_said_and_tried_once(
 @pytest.mark.fault("download")
 def test_proxy_settings_that_cannot_be_read_are_named(tmp_path, monkeypatch):
     monkeypatch.setenv("NO_PROXY", "[::1]")
-    with pytest.raises(UserError, match="Invalid port.* correct or unset .*NO_PROXY"):
+    with pytest.raises(UserError, match=r"Invalid port.* correct or unset .*NO_PROXY"):
         dataset.fetch(TinyCIFAR10, tmp_path)
 
 
