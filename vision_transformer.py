@@ -497,7 +497,8 @@ def predict(model, loader, device):
     was_training = model.training
     model.eval()
     with torch.random.fork_rng(devices=[]):
-        batches = [(model(images.to(device)).cpu(), y) for images, y in loader]
+        # Copies: what a worker made is shared memory, an open file each
+        batches = [(model(x.to(device)).cpu(), y.clone()) for x, y in loader]
     model.train(was_training)
     logits, labels = zip(*batches)
     return torch.cat(logits), torch.cat(labels)
@@ -537,7 +538,8 @@ def train_run(settings, cache_dir, device, folder=None, dataset=CIFAR10):
     use_quick_dropout(model)  # on a CPU: the same dropout from fewer random numbers
     run = Run(settings, folder)
     if run.is_finished:
-        print(f"The run in {run.folder} is finished: it is loaded, not trained again.")
+        print(f"The run in {run.folder} is loaded: it is finished, and another folder")
+        print("(--run) trains it anew.")
         return load_record(run.folder, settings, model)
     fetch(dataset, cache_dir)
     loaders = make_loaders(cache_dir, settings["batch_size"], dataset)

@@ -2,16 +2,16 @@
 
 import contextlib
 import os
-import tempfile
 import threading
 import time
+import uuid
 from pathlib import Path
 
 import httpx
 from torchvision.datasets.utils import check_integrity, extract_archive
 from tqdm import tqdm
 
-from support.records import UserError
+from support.records import UserError, file_errors, move
 
 ARCHIVE_NAME = "cifar-10-python.tar.gz"
 ARCHIVE_MD5 = "c58f30108f718f92721af3b95e74349a"
@@ -43,33 +43,18 @@ def fetch(dataset, cache_dir, sources=SOURCES):
     unpacked; otherwise the sources are tried in turn. One that does not answer, breaks
     off, is hopelessly slow or sends something else is given up for the next.
     """
-    if is_present(dataset, cache_dir):
-        return
     archive = Path(cache_dir, ARCHIVE_NAME)
-    for path in archive.parent.glob(".cifar-10-*"):
-        with contextlib.suppress(FileNotFoundError):  # another one ended meanwhile
-            if time.time() - path.stat().st_mtime > 60:  # of a process that was killed
-                path.unlink()
-    tried = []
-    if archive.exists() and not check_integrity(archive, ARCHIVE_MD5):
-        tried.append(f"{archive}: wrong MD5, so it is incomplete or another file")
-    for source in sources:
+    with file_errors(cache_dir):
+        if is_present(dataset, cache_dir):
+            return
+        tried = []
+        if archive.exists() and not check_integrity(archive, ARCHIVE_MD5):
+            tried.append(f"{archive}: wrong MD5, so it is incomplete or another file")
+        if not check_integrity(archive, ARCHIVE_MD5):
+            tried += _download(sources, archive)
         if check_integrity(archive, ARCHIVE_MD5):
-            break
-        try:
-            _download(source, archive)
-        except Exception as error:  # whatever a network or a proxy can do
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            tried.append(f"{source}: {reason}")
-    if check_integrity(archive, ARCHIVE_MD5):
-        try:
             extract_archive(str(archive), str(cache_dir))
-        except OSError as error:
-            raise UserError(
-                f"{archive} could not be unpacked ({error}): make room, or the folder "
-                "writable, and type the same command again"
-            ) from error
-        return
+            return
     lines = "\n".join(f"  {line}" for line in tried)
     raise UserError(
         f"CIFAR-10 is not in {cache_dir} and could not be fetched:\n{lines}\n"
@@ -79,28 +64,63 @@ def fetch(dataset, cache_dir, sources=SOURCES):
     )
 
 
-def _download(url, path):
-    """Download the archive, with progress and an end to waiting.
+def _download(sources, archive):
+    """Download the archive from the first good source; return what others did.
+
+    An ``OSError`` is of this machine, and no other source would help: httpx has errors
+    of its own.
+    """
+    archive.parent.mkdir(parents=True, exist_ok=True)
+    for path in archive.parent.glob(".cifar-10-*"):
+        with contextlib.suppress(FileNotFoundError):  # another one ended meanwhile
+            if time.time() - path.stat().st_mtime > 60:  # of a process that was killed
+                path.unlink()
+    try:
+        client = httpx.Client(
+            timeout=WATCH_SECONDS,
+            headers={"Accept-Encoding": "identity"},
+            follow_redirects=True,
+        )
+    except Exception as error:  # whatever can be wrong in proxies and certificates
+        names = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
+        names += ("SSL_CERT_FILE", "SSL_CERT_DIR")
+        there = [name for name in os.environ if name.upper() in names]
+        raise UserError(
+            f"the network settings of this machine cannot be used ({error}): correct "
+            f"or unset {' or '.join(there)}"
+        ) from error
+    tried = []
+    for source in sources:
+        temporary = archive.with_name(f".cifar-10-{uuid.uuid4().hex}")
+        try:
+            with temporary.open("wb") as file:
+                _transfer(client, source, file)
+            if not check_integrity(temporary, ARCHIVE_MD5):
+                raise ValueError("sent something else (wrong MD5)")
+            move(temporary, archive)
+            break
+        except OSError:
+            raise
+        except Exception as error:  # whatever a network or a proxy can do
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            tried.append(f"{source}: {reason}")
+        finally:
+            temporary.unlink(missing_ok=True)
+    return tried
+
+
+def _transfer(client, url, file):
+    """Write what an address sends to a file, with progress and an end to waiting.
 
     The transfer runs in a thread, so that whatever it waits for (names, connections,
     headers, data) counts: a source that brings too little in ``WATCH_SECONDS`` is
     given up, be it dead, silent or throttled.
     """
     received, failure, stop = [0], [], threading.Event()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".cifar-10-")
-    os.close(handle)
 
     def transfer():
         try:
-            request = httpx.stream(
-                "GET",
-                url,
-                timeout=WATCH_SECONDS,
-                headers={"Accept-Encoding": "identity"},
-                follow_redirects=True,
-            )
-            with request as response, Path(temporary).open("wb") as file:
+            with client.stream("GET", url) as response:
                 response.raise_for_status()
                 for chunk in response.iter_raw():
                     if stop.is_set():
@@ -130,14 +150,9 @@ def _download(url, path):
                 if seconds > WATCH_SECONDS:
                     rate = (received[0] - before) / seconds
                     if rate < HOPELESS_BYTES_PER_SECOND:
-                        raise OSError(f"hopelessly slow ({rate / 1000:.1f} kB/s)")
+                        raise ValueError(f"hopelessly slow ({rate / 1000:.1f} kB/s)")
                     before, since = received[0], time.monotonic()
         if failure:
             raise failure[0]
-        if not check_integrity(temporary, ARCHIVE_MD5):
-            raise OSError("sent something else (wrong MD5)")
-        os.replace(temporary, path)
     finally:
         stop.set()
-        with contextlib.suppress(OSError):  # on Windows, if the thread still has it
-            Path(temporary).unlink()

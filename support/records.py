@@ -7,12 +7,14 @@ nothing.
 
 import contextlib
 import copy
+import errno
 import hashlib
 import json
 import math
 import os
 import platform
 import statistics
+import time
 from pathlib import Path
 
 import safetensors.torch
@@ -28,13 +30,40 @@ DEFAULT = {
 }
 QUICK = {**DEFAULT, "batch_size": 32, "lr": 2e-4, "n_epochs": 13}  # chosen by trials
 PRESETS = {"default": DEFAULT, "quick": QUICK}
-RECORD, QUICK_RECORD = Path("runs", "exercise"), Path("runs", "quick")
-TRIALS_TABLE = Path("runs", "trials.csv")  # what short runs reached
+RUNS = Path("runs")
+RECORD, QUICK_RECORD = RUNS / "exercise", RUNS / "quick"
+TRIALS_TABLE = RUNS / "trials.csv"  # what short runs reached
 FORMER = Path("bench", "former", "default.json")  # of an earlier version
 HISTORY_NAME = "history.json"
 WEIGHTS_NAME = "vision_transformer.safetensors"
 PROBE_TOLERANCE = 1e-3
+DIVERGED = "the run diverged, so train with a smaller learning rate in another folder"
 FORMAT = 2  # of what is stored; raise it when older files can no longer be read
+# The kinds of what a history holds, beside its settings: of a run that goes on, and of
+# one that is finished; a pair is a container and the kind of what is in it
+PER_EPOCH = ("val_accs", "val_accs_eval", "val_losses_eval", "epoch_seconds")
+BEGUN = {
+    **dict.fromkeys(("train_losses", *PER_EPOCH), (list, float)),
+    **dict.fromkeys(("begins", "drops_out"), (dict, float)),
+    "parameters": int,
+}
+FINISHED = {
+    **BEGUN,
+    **dict.fromkeys(("device", "machine", "date", "weights_sha256", "sha256"), str),
+    "seconds": float,
+    "versions": (dict, str),
+    "probe_logits": (list, (list, float)),
+}
+# What to do about an error of the operating system
+REMEDIES = {
+    "make room": ("ENOSPC", "EDQUOT"),
+    "take the right to read and write it, or close what uses it": ("EACCES", "EPERM"),
+    "choose a folder that can be written": ("EROFS",),
+    "close other programs, or allow more with `ulimit -n 4096`": ("EMFILE", "ENFILE"),
+    "move away what lies in its place": ("EEXIST", "EISDIR", "ENOTDIR"),
+    "choose a shorter name": ("ENAMETOOLONG",),
+    "check the drive, or choose another one": ("EIO", "ENXIO", "ENODEV", "ESTALE"),
+}
 
 
 class UserError(Exception):
@@ -46,15 +75,26 @@ class UserError(Exception):
 
 @contextlib.contextmanager
 def file_errors(path):
-    """Say in one sentence what the operating system refuses."""
+    """Say in one sentence what the operating system refuses, and what helps."""
     try:
         yield
     except OSError as error:
+        name = errno.errorcode.get(error.errno)
+        remedies = [what for what, names in REMEDIES.items() if name in names]
         raise UserError(
-            f"{path} could not be read or written ({error.strerror or error}): make "
-            "room, or close what uses it, and type the same command again; what was "
-            "stored before is untouched"
+            f"{path} could not be read or written ({error}): "
+            f"{(remedies or ['put that right'])[0]}, and type the same command again; "
+            "what was stored before is untouched"
         ) from error
+
+
+def move(source, target):
+    """Move a file; on Windows, a scanner may hold one of the two for a moment."""
+    for seconds in (0.1, 0.2, 0.4, 0.8):
+        with contextlib.suppress(PermissionError):
+            return os.replace(source, target)
+        time.sleep(seconds)
+    return os.replace(source, target)
 
 
 def write_whole(path, content):
@@ -68,7 +108,7 @@ def write_whole(path, content):
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(temporary, path)
+            move(temporary, path)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
@@ -141,9 +181,12 @@ def load_weights(model, state, logits, source):
 
     Raises ``UserError`` if these are not its weights.
     """
+    then = torch.tensor(logits)
+    if not then.isfinite().all():
+        raise UserError(f"{source} holds weights that give NaN or infinity: {DIVERGED}")
     try:
         model.load_state_dict(state)
-        now, then = torch.tensor(probe(model)), torch.tensor(logits)
+        now = torch.tensor(probe(model))
         difference = (now - then).abs().max().item()
         if not difference <= PROBE_TOLERANCE:
             raise RuntimeError(
@@ -156,6 +199,29 @@ def load_weights(model, state, logits, source):
             f"{source} holds the weights of another model ({reason}): restore the code "
             f"of that model, or train this one in another folder"
         ) from error
+
+
+def check_values(source, history, kinds):
+    """Refuse a history in which a value is missing, of another kind, or NaN."""
+
+    def check(name, value, kind):
+        if isinstance(kind, tuple):
+            container, inner = kind
+            check(name, value, container)
+            for each in value.values() if container is dict else value:
+                check(name, each, inner)
+        elif kind is float and type(value) in (int, float):
+            if not abs(value) < math.inf:
+                raise UserError(f"{source} has {name} = {value}: {DIVERGED}")
+        elif type(value) is not kind:
+            raise UserError(
+                f"{source} is damaged ({name} = {value!r:.40} is no {kind.__name__}): "
+                "restore it, or train the run in another folder"
+            )
+
+    settings = {name: type(DEFAULT[name]) for name in DEFAULT if name in history}
+    for name, kind in {**settings, **kinds}.items():
+        check(name, history.get(name), kind)
 
 
 def history_digest(history):
@@ -177,8 +243,18 @@ def read_history(folder):
     the rest of the history.
     """
     path = Path(folder, HISTORY_NAME)
+    with file_errors(path):
+        if not path.is_file():
+            there = sorted(str(one.parent) for one in RUNS.glob(f"*/{HISTORY_NAME}"))
+            raise UserError(
+                f"{path} is missing: there is no finished run in {folder}, but in "
+                f"{', '.join(there) or 'no other folder'}; `git checkout runs`, or the "
+                "ZIP of the project, brings back the recorded ones, and `make train "
+                f"RUN={folder}` (`python train.py --run {folder}`) trains one"
+            )
+        content = path.read_bytes()
     try:
-        history = json.loads(path.read_text(encoding="utf-8"))
+        history = json.loads(content.decode())
         if not isinstance(history, dict):
             raise ValueError("it holds no JSON object")
         if history.get("format") != FORMAT:
@@ -186,16 +262,12 @@ def read_history(folder):
             raise ValueError(f"it has format {then!r}, and {FORMAT} is read here")
         if history.get("sha256") != history_digest(history):
             raise ValueError("its checksum does not match")
-    except FileNotFoundError:
+    except (ValueError, RecursionError) as error:
         raise UserError(
-            f"{path} is missing: there is no finished run in {folder}; "
-            "`python train.py` trains one"
-        ) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(
-            f"{path} cannot be read, or is damaged ({error}): restore it, or train the "
-            "run in another folder"
+            f"{path} is damaged ({error}): restore it, or train the run in another "
+            "folder"
         ) from error
+    check_values(path, history, FINISHED)
     return history
 
 
@@ -208,14 +280,16 @@ def load_record(folder, settings, model):
     history = read_history(folder)
     check_is_of(Path(folder, HISTORY_NAME), history, settings, model)
     path = Path(folder, WEIGHTS_NAME)
-    if not path.is_file():
-        return None, history
-    if checksum(path) != history["weights_sha256"]:
+    with file_errors(path):
+        if not path.is_file():
+            return None, history
+        content = path.read_bytes()
+    if hashlib.sha256(content).hexdigest() != history["weights_sha256"]:
         raise UserError(
             f"{path} does not belong to the {HISTORY_NAME} beside it, or is damaged: "
             "restore both, or train the run in another folder"
         )
-    state = safetensors.torch.load(path.read_bytes())
+    state = safetensors.torch.load(content)
     load_weights(model, state, history["probe_logits"], path)
     return model, history
 

@@ -10,12 +10,17 @@ process waits would let two of them train the same run.
 
 import contextlib
 import datetime
+import errno
 import hashlib
 import io
 import json
+import math
+import os
 import platform
+import re
 import signal
 import sys
+import threading
 import time
 import zipfile
 from pathlib import Path
@@ -30,11 +35,20 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from support.records import (
+    BEGUN,
+    DEFAULT,
+    DIVERGED,
     FORMAT,
     HISTORY_NAME,
+    PER_EPOCH,
+    QUICK,
+    QUICK_RECORD,
+    RECORD,
+    RUNS,
     WEIGHTS_NAME,
     UserError,
     check_is_of,
+    check_values,
     file_errors,
     history_digest,
     load_weights,
@@ -44,8 +58,10 @@ from support.records import (
     write_whole,
 )
 
-RUNS = Path("build", "runs")
 CHECKPOINT_NAME = "checkpoint.pt"
+LOOK_EVERY = 50  # steps: to read a loss waits for the GPU
+# How torch begins to say that memory or a worker is gone; </torch_ is in /dev/shm
+EXHAUSTED = r"DataLoader worker \(pid|</torch_|out of memory|allocate memory"
 
 
 # --- Checkpoints ------------------------------------------------------
@@ -57,15 +73,18 @@ def read_checkpoint(path):
     ``torch.load`` with ``weights_only`` reads plain data only; that a file is damaged
     shows in the checksums (CRC-32) that every ZIP archive has, which PyTorch writes.
     """
-    if not path.exists():
-        return None
     with file_errors(path):
+        if not path.exists():
+            return None
         content = path.read_bytes()
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             if archive.testzip():
                 raise ValueError("a checksum does not match")
-        return torch.load(io.BytesIO(content), "cpu", weights_only=True)
+        state = torch.load(io.BytesIO(content), "cpu", weights_only=True)
+        names = {"history", "model", "optimizer", "random", "probe_logits"}
+        if not isinstance(state, dict) or state.keys() != names:
+            raise ValueError("it holds something else")
     except MemoryError:  # says nothing of the file
         raise
     except Exception as error:  # whatever a damaged file makes a reader raise
@@ -73,6 +92,8 @@ def read_checkpoint(path):
         raise UserError(
             f"{path} is damaged ({reason}): restore it, or delete it and begin again"
         ) from error
+    check_values(path, state["history"], BEGUN)
+    return state
 
 
 # --- Dropout on a CPU -------------------------------------------------
@@ -127,15 +148,25 @@ def progress_bar(total, done):
     )
 
 
+def say(line):
+    """Print a line; on stderr where nobody reads the output any more."""
+    try:
+        print(line, flush=True)
+    except OSError:  # Ctrl-C has ended `| tee` as well, or the terminal is closed
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        with contextlib.suppress(OSError):
+            print(line, file=sys.stderr, flush=True)
+
+
 @contextlib.contextmanager
-def ctrl_c_waits(model):
-    """Let an interruption wait for the next time that the model is called.
+def interruption_waits(model):
+    """Let Ctrl-C and the like wait for the next time that the model is called.
 
     Raised anywhere, it may be dropped, or leave a lock behind that is waited for
     forever: between epochs torch ends its worker processes. A second one is raised at
-    once.
+    once. A closed terminal (SIGHUP) and a scheduler (SIGTERM) interrupt alike.
     """
-    noted = []
+    noted, before = [], {}
 
     def note(*_):
         if noted:
@@ -146,20 +177,39 @@ def ctrl_c_waits(model):
         if noted and called is model:  # not a copy of it, which is only probed
             raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGINT, note)
+    if threading.current_thread() is threading.main_thread():  # others may not
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)  # on Windows, not all
+            handler = number and signal.getsignal(number)
+            # What `nohup` ignores stays so; None is not Python's, and could not go back
+            if handler not in (None, signal.SIG_IGN):
+                before[number] = signal.signal(number, note)
     hook = model.register_forward_pre_hook(check)
     try:
         yield
-    except RuntimeError:
-        if noted:  # it ended the workers, where they are not forked
+    except (RuntimeError, OSError):
+        if noted:  # it ended the workers, where they are not forked, or the output
             raise KeyboardInterrupt from None
         raise
     finally:
         hook.remove()
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 # --- Runs -------------------------------------------------------------
+
+
+def default_folder(settings):
+    """Return the folder of a run: of a recorded one, or named by what differs."""
+    if settings == QUICK:
+        return QUICK_RECORD
+    names = [
+        f"{name.removeprefix('n_')}-{value}"
+        for name, value in settings.items()
+        if value != DEFAULT.get(name)
+    ]
+    return RUNS / "-".join(names) if names else RECORD
 
 
 class Run:
@@ -171,15 +221,15 @@ class Run:
 
     def __init__(self, settings, folder=None):
         self.settings = dict(settings)
-        name = "-".join(f"{key}{value}" for key, value in self.settings.items())
-        self.folder = Path(folder) if folder else RUNS / name
+        self.folder = Path(folder or default_folder(self.settings))
         self.history = None
         self.epochs_done = 0  # which are saved, and need not be trained again
 
     @property
     def is_finished(self):
         """Whether its record is there."""
-        return (self.folder / HISTORY_NAME).is_file()
+        with file_errors(self.folder):
+            return (self.folder / HISTORY_NAME).is_file()
 
     @contextlib.contextmanager
     def started(self, model, optimizer, n_epochs, steps_per_epoch):
@@ -198,30 +248,53 @@ class Run:
         if self.device != "cpu":
             self.random[self.device] = getattr(torch, self.device)
         self.checkpoint = self.folder / CHECKPOINT_NAME
+        self.n_epochs, self.steps_per_epoch = n_epochs, steps_per_epoch
         with self._locked():
             self._restore()
             done = self.epochs_done
             self.bar = progress_bar(n_epochs * steps_per_epoch, done * steps_per_epoch)
+            settings = ", ".join(f"{name} {now}" for name, now in self.settings.items())
             start = f"continues after epoch {done}" if done else "starts"
-            self._say(f"The run {start}; it is stored in {self.folder}.")
+            self._say(
+                f"The run ({settings}) {start}; it is stored in {self.folder}. Without "
+                "a GPU, an epoch of CIFAR-10 takes minutes, and 50 take hours."
+            )
             self._begin_epoch()
             try:
-                with ctrl_c_waits(model), self.bar:
+                with interruption_waits(model), self.bar:
                     yield
             except KeyboardInterrupt:
-                print(
-                    f"Interrupted: {self.epochs_done} of {n_epochs} epochs are saved "
-                    f"in {self.folder}. Run the same again, and it continues there.",
-                    flush=True,
-                )
+                say(f"Interrupted: {self._saved()}.")
                 raise
+            except RuntimeError as error:
+                if not re.search(EXHAUSTED, str(error)):
+                    raise
+                reason = str(error).strip().split("\n")[-1]
+                raise UserError(
+                    f"memory, or a process that loads images, is gone ({reason}): "
+                    "close other programs, choose smaller batches, or give a container "
+                    f"more shared memory (--shm-size); {self._saved()}"
+                ) from error
             self._record()
+
+    def _saved(self):
+        """Say what another start finds."""
+        if not self.epochs_done:
+            return "no epoch is saved yet, so the same command begins again"
+        return (
+            f"{self.epochs_done} of {self.n_epochs} epochs are saved in {self.folder}, "
+            "and the same command continues there"
+        )
 
     def note_step(self, loss):
         """Note the loss of a step, a tensor without axes, and show progress."""
         self._losses.append(loss.detach())
-        if self.bar.update():  # the loss is read only when the bar is drawn
+        step = len(self._losses)
+        if self.bar.update() or step % LOOK_EVERY == 0:
+            self._check("loss", loss.item())
             self.bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
+        if step == self.steps_per_epoch:
+            self.bar.set_postfix_str("validating")
 
     def note_epoch(self, accuracy, logits, labels):
         """Note what was validated after an epoch, and save a checkpoint.
@@ -236,6 +309,10 @@ class Run:
             "val_losses_eval": F.cross_entropy(logits, labels).item(),
             "epoch_seconds": time.perf_counter() - self._start,
         }
+        for loss in losses:
+            self._check("loss", loss)
+        for name, value in measured.items():
+            self._check(name, value)
         self.history["train_losses"] += losses
         for name, value in measured.items():
             self.history[name].append(value)
@@ -248,12 +325,21 @@ class Run:
         )
         self._begin_epoch()
 
+    def _check(self, name, value):
+        """Stop at a value that no further step can mend, before it is saved."""
+        if not math.isfinite(value):
+            raise UserError(
+                f"{name} = {value} in epoch {self.epochs_done + 1}: {DIVERGED}; "
+                f"{self.epochs_done} epochs are saved in {self.folder}"
+            )
+
     def _say(self, line):
-        self.bar.write(line, file=sys.stdout)  # above the bar
-        sys.stdout.flush()
+        with tqdm.external_write_mode(sys.stdout):  # above the bar
+            say(line)
 
     def _begin_epoch(self):
         self._losses, self._start = [], time.perf_counter()
+        self.bar.set_postfix_str("", refresh=False)
 
     @contextlib.contextmanager
     def _locked(self):
@@ -268,6 +354,11 @@ class Run:
                     f"another process is training the run in {self.folder}: wait for "
                     "it, or end it"
                 ) from None
+            except (NotImplementedError, OSError) as error:
+                without = (None, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)
+                if getattr(error, "errno", None) not in without:
+                    raise
+                say(f"{self.folder} cannot be locked: start this run only once.")
         try:
             for path in self.folder.glob(".*.part"):  # of a process that was killed
                 path.unlink(missing_ok=True)
@@ -293,11 +384,10 @@ class Run:
     def _restore(self):
         state = read_checkpoint(self.checkpoint)
         if state is None:
-            lists = ("train_losses", "val_accs", "val_accs_eval", "val_losses_eval")
             self.history = {
                 **self.settings,
                 "format": FORMAT,
-                **{name: [] for name in (*lists, "epoch_seconds")},
+                **{name: [] for name in ("train_losses", *PER_EPOCH)},
                 "parameters": sum(p.numel() for p in self.model.parameters()),
                 **traits(self.model),
             }

@@ -1,6 +1,7 @@
 """Fetching the data, and asking an index, from a server on the loopback."""
 
 import contextlib
+import errno
 import hashlib
 import http.server
 import io
@@ -8,6 +9,7 @@ import os
 import tarfile
 import threading
 import time
+from unittest import mock
 
 import pytest
 from conftest import only_files
@@ -168,6 +170,41 @@ def test_a_host_name_that_never_resolves_is_given_up(server, tmp_path, monkeypat
             dataset.fetch(TinyCIFAR10, tmp_path, ["http://nowhere.invalid/x"])
         assert time.monotonic() - start < 4
         asked.set()
+
+
+@pytest.mark.fault("download")
+def test_a_downloaded_archive_is_as_readable_as_other_files(server, tmp_path):
+    dataset.fetch(TinyCIFAR10, tmp_path, [server("good")])
+    (tmp_path / "other").touch()
+    [archive, other] = tmp_path / dataset.ARCHIVE_NAME, tmp_path / "other"
+    assert archive.stat().st_mode == other.stat().st_mode
+
+
+@pytest.mark.fault("download")
+@pytest.mark.parametrize(
+    ("owner", "name", "number", "said"),
+    [
+        (dataset.Path, "open", errno.ENOSPC, "make room"),
+        (dataset, "move", errno.EROFS, "can be written"),
+        (dataset, "is_present", errno.EACCES, "the right to read"),  # another's data
+    ],
+)
+def test_what_the_disk_refuses_is_said_and_tried_once(
+    server, tmp_path, monkeypatch, owner, name, number, said
+):
+    refuse = mock.Mock(side_effect=OSError(number, os.strerror(number)))
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=said):
+        patch.setattr(owner, name, refuse)
+        dataset.fetch(TinyCIFAR10, tmp_path, [server("good")] * 2)
+    assert refuse.call_count == 1
+    assert only_files(tmp_path) == []
+
+
+@pytest.mark.fault("download")
+def test_proxy_settings_that_cannot_be_read_are_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "[::1]")
+    with pytest.raises(UserError, match=r"Invalid port.* correct or unset .*NO_PROXY"):
+        dataset.fetch(TinyCIFAR10, tmp_path)
 
 
 @pytest.mark.fault("download")

@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -46,7 +46,7 @@ MOMENTS = [
 ]
 
 
-def start_training(folder, stage="never", number=0, epochs=5):
+def start_training(folder, stage="never", number=0, epochs=5, **options):
     """Start a process that trains the small model, to be killed at some point."""
     process = [sys.executable, str(ROOT / "tests" / "small_run.py"), stage, str(number)]
     return subprocess.Popen(
@@ -55,6 +55,7 @@ def start_training(folder, stage="never", number=0, epochs=5):
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         encoding="utf-8",
+        **options,
     )
 
 
@@ -68,7 +69,7 @@ def uninterrupted(tmp_path_factory):
 
 
 def record_in(folder):
-    [run] = (folder / training.RUNS).iterdir()
+    [run] = (folder / records.RUNS).iterdir()
     assert only_files(run) == [records.HISTORY_NAME, records.WEIGHTS_NAME]
     return records.read_history(run), (run / records.WEIGHTS_NAME).read_bytes()
 
@@ -99,26 +100,41 @@ def test_a_run_that_was_killed_ends_as_one_that_was_not(
 
 @posix
 @fault("Ctrl-C")
-@pytest.mark.parametrize("seconds", [0.0, pytest.param(0.5, marks=slow)])
-def test_ctrl_c_in_a_terminal_says_how_to_go_on(workplace, seconds):
-    with start_training(workplace, epochs=1000) as process:
+@pytest.mark.parametrize(
+    ("name", "seconds", "is_read"),
+    [
+        ("SIGINT", 0.0, True),
+        ("SIGINT", 0.0, False),  # `| tee`, which Ctrl-C ends as well
+        ("SIGTERM", 0.0, True),  # a scheduler
+        pytest.param("SIGINT", 0.5, True, marks=slow),
+        pytest.param("SIGHUP", 0.0, True, marks=slow),  # a terminal that is closed
+    ],
+)
+def test_ctrl_c_and_the_like_say_how_to_go_on(workplace, name, seconds, is_read):
+    options = {} if is_read else {"stderr": subprocess.PIPE}
+    with start_training(workplace, epochs=1000, **options) as process:
         for line in process.stdout:
             if line.startswith("epoch   2"):
                 break
         time.sleep(seconds)
-        process.send_signal(signal.SIGINT)
+        if not is_read:
+            process.stdout.close()
+        process.send_signal(getattr(signal, name))
         start = time.monotonic()
         try:
-            said = next(line for line in process.stdout if "Interrupted" in line)
+            lines = process.stdout if is_read else process.stderr
+            said = next(line for line in lines if "Interrupted" in line)
             seconds = time.monotonic() - start
-            process.communicate(timeout=30)  # torch gives its workers 5 s to end
+            rest = lines.read()
+            process.wait(timeout=30)  # torch gives its workers 5 s to end
         finally:
             process.kill()
     assert seconds < 5, "within a step"
     assert process.returncode == 130
-    done = re.match(r"Interrupted: (\d+) of 1000 epochs are saved in build", said)
+    assert rest == "", "no traceback"
+    done = re.match(r"Interrupted: (\d+) of 1000 epochs are saved in runs", said)
     assert int(done[1]) >= 2
-    [folder] = Path("build", "runs").glob("[!.]*")
+    [folder] = records.RUNS.glob("[!.]*")
     assert (folder / training.CHECKPOINT_NAME).is_file()
 
 
@@ -127,7 +143,7 @@ def test_an_interruption_waits_for_the_model_and_a_second_does_not(workplace):
     model = small_model()
     images = torch.zeros(1, 3, 32, 32)
     before = signal.getsignal(signal.SIGINT)
-    with training.ctrl_c_waits(model):
+    with training.interruption_waits(model):
         model(images)
         signal.raise_signal(signal.SIGINT)  # returns: this may be anywhere
         copy.deepcopy(model)(images)  # as when a checkpoint is stored
@@ -137,21 +153,45 @@ def test_an_interruption_waits_for_the_model_and_a_second_does_not(workplace):
             signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
     model(images)
-    with pytest.raises(KeyboardInterrupt), training.ctrl_c_waits(model):
+    with pytest.raises(KeyboardInterrupt), training.interruption_waits(model):
         signal.raise_signal(signal.SIGINT)
         raise RuntimeError("DataLoader worker exited unexpectedly")
-    with pytest.raises(UserError, match="full"), training.ctrl_c_waits(model):
+    with pytest.raises(UserError, match="full"), training.interruption_waits(model):
         signal.raise_signal(signal.SIGINT)
         raise UserError("the disk is full")  # the cause, not the interruption
+
+
+@fault("Ctrl-C")
+def test_signals_that_are_ignored_or_not_ours_stay_as_they_are(monkeypatch):
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # `nohup`, or `&` in a script
+    try:
+        with training.interruption_waits(small_model()):
+            signal.raise_signal(signal.SIGINT)
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+    with monkeypatch.context() as patch:  # None: not set from Python
+        patch.setattr(signal, "getsignal", lambda _: None)
+        patch.setattr(signal, "signal", None)
+        with training.interruption_waits(small_model()):
+            pass
+
+
+@fault("Ctrl-C")
+def test_a_run_in_another_thread_trains(workplace):
+    with ThreadPoolExecutor() as pool:
+        pool.submit(go_on, small_model()).result()
+    assert load(small_model())
 
 
 TRAIN_CELL = f"""
 import sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
-import torch, training, small_run, vision_transformer
+import torch, small_run, vision_transformer
+from support import training
 small_run.use_few_generated_images()
 loaders = vision_transformer.make_loaders("data", 16)
-run, cpu = training.Run({{"seed": 0}}), torch.device("cpu")
+run, cpu = training.Run({{"seed": 1}}), torch.device("cpu")
 vision_transformer.train(small_run.small_model(), *loaders, 1e-3, 4, cpu, run)
 """
 
@@ -176,7 +216,7 @@ def test_interrupting_a_notebook_says_how_to_go_on(workplace):
         client.stop_channels()
         manager.shutdown_kernel(now=True)
     assert reply["content"]["ename"] == "KeyboardInterrupt"
-    assert "are saved in build" in "".join(shown)
+    assert "are saved in runs" in "".join(shown)
 
 
 # --- Damaged, foreign and old files ---------------------------------------------------

@@ -1,5 +1,7 @@
 """The provided recipe: computed step for step, continued bit for bit."""
 
+import multiprocessing
+import os
 import shutil
 
 import pytest
@@ -7,12 +9,13 @@ import torch
 from conftest import assert_same_weights
 from small_run import alive, counted, small_model
 from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 from torchvision import transforms as T
 
 import vision_transformer
 from support import dataset, records, training
 from support.demo_data import DemoCIFAR10
+from support.records import UserError
 
 CPU = torch.device("cpu")
 BATCH_SIZE, LR = 16, 1e-3
@@ -72,6 +75,14 @@ def test_the_recipe_is_computed_bit_for_bit(demo_data, workplace):
     assert history["val_accs"] == accuracies
     assert_same_weights(model, expected)
     assert len(losses) == 2 * (100 // BATCH_SIZE)
+    _, val_loader = vision_transformer.make_loaders("data", 40)
+    [[images, labels]] = val_loader  # all of them
+    logits = expected.eval()(images)
+    right = (logits.argmax(dim=1) == labels).sum().item() / 40
+    assert history["val_accs_eval"][-1] == right
+    assert history["val_losses_eval"][-1] == pytest.approx(
+        cross_entropy(logits, labels).item(), rel=1e-5
+    )
 
 
 def test_predictions_are_without_dropout(demo_data):
@@ -82,6 +93,46 @@ def test_predictions_are_without_dropout(demo_data):
     with torch.no_grad():
         images = torch.cat([images for images, _ in loader])
         torch.testing.assert_close(model.eval()(images), logits)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs POSIX limits")
+def test_what_workers_made_does_not_outlive_its_batch():
+    import resource
+
+    data = TensorDataset(torch.zeros(300, 3, 32, 32), torch.zeros(300).long())
+    loader = DataLoader(data, batch_size=1, num_workers=1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (150, hard))
+    try:
+        logits, _ = vision_transformer.predict(small_model(), loader, CPU)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert len(logits) == 300
+
+
+@pytest.mark.fault("numerics")
+@pytest.mark.parametrize("first", [1, training.LOOK_EVERY])  # step or epoch
+def test_a_run_that_diverges_says_so_and_saves_nothing(
+    demo_data, workplace, monkeypatch, first
+):
+    monkeypatch.setattr(training, "LOOK_EVERY", first)
+    torch.manual_seed(0)
+    loaders = vision_transformer.make_loaders("data", BATCH_SIZE)
+    run = training.Run(settings(n_epochs=2))
+    with pytest.raises(UserError, match=r"(nan|inf) in epoch 1: the run diverged"):
+        vision_transformer.train(small_model(), *loaders, 1e30, 2, CPU, run)
+    assert training.read_checkpoint(run.checkpoint)["history"]["val_accs"] == []
+
+
+@pytest.mark.fault("training killed (SIGKILL)")
+def test_a_worker_that_is_killed_is_named(demo_data, workplace, monkeypatch):
+    def kill_worker(*_):
+        multiprocessing.active_children()[0].kill()
+
+    stop = counted(training.Run.note_step, 8, before=kill_worker)
+    monkeypatch.setattr(training.Run, "note_step", stop)
+    with pytest.raises(UserError, match=r"is gone \(DataLoader worker.* 1 of 3 epochs"):
+        train(n_epochs=3)
 
 
 def interrupt(*_):

@@ -11,6 +11,7 @@ import jupytext
 import pytest
 import torch
 from conftest import ROOT, only_files, replace_in, run_script
+from small_run import small_model
 
 import train
 from support import records
@@ -81,6 +82,8 @@ def test_nothing_ready_made_is_used(name):
     [
         (["--epochs", "0"], "invalid positive int value: '0'"),
         (["--lr", "nan"], "invalid positive float value: 'nan'"),
+        (["--lr", "1e40"], "invalid positive float value: '1e40'"),
+        (["--seed", str(2**64)], f"invalid 64-bit seed value: '{2**64}'"),
     ],
 )
 def test_bad_arguments_are_refused(arguments, said, capsys):
@@ -89,11 +92,46 @@ def test_bad_arguments_are_refused(arguments, said, capsys):
     assert said in capsys.readouterr().err
 
 
-def test_verify_without_a_record_says_so(workplace, capsys):
+def test_a_run_that_is_not_there_is_answered_with_those_that_are(workplace, capsys):
+    mine = workplace / "runs" / "mine" / "history.json"
+    mine.parent.mkdir(parents=True)
+    mine.touch()
     assert train.main(["--verify"]) == 1
     said = capsys.readouterr().out
-    assert re.match("error: .* there is no finished run", said)
-    assert list(workplace.iterdir()) == []
+    assert re.match(
+        "error: .* no finished run in runs.exercise, but in runs.mine", said
+    )
+    assert "`git checkout runs`" in said
+    assert "--run runs" in said
+    assert only_files(workplace) == ["runs/mine/history.json"]
+
+
+@pytest.fixture
+def recorded(demo_data, workplace, monkeypatch):
+    """A small model's finished run, and a function that changes its history."""
+    monkeypatch.setattr(train.vt, "VisionTransformer", small_model)
+    monkeypatch.setattr(train.dataset, "fetch", lambda *_: None)
+    settings = {**records.DEFAULT, "dataset": "DemoCIFAR10", "batch_size": 16}
+    settings["n_epochs"] = 1
+    train.vt.train_run(settings, "data", torch.device("cpu"), "mine")
+
+    def change(name, value):
+        history = records.read_history("mine")
+        history[name][-1] = value
+        history["sha256"] = records.history_digest(history)
+        (workplace / "mine" / "history.json").write_text(json.dumps(history), "utf-8")
+
+    return change
+
+
+@pytest.mark.parametrize("name", ["val_accs", "val_accs_eval"])
+def test_verify_fails_if_either_accuracy_is_another(recorded, name, capsys):
+    verify = ["--verify", "--run", "mine"]
+    assert train.main(verify) == 0
+    assert capsys.readouterr().out.count(" confirmed") == 2
+    recorded(name, 0.9)
+    assert train.main(verify) == 1
+    assert "NOT confirmed" in capsys.readouterr().out
 
 
 def test_verify_refuses_a_demo(workplace, capsys):

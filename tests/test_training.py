@@ -2,14 +2,20 @@
 
 import contextlib
 import errno
+import io
+import json
 import os
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
+import filelock
 import pytest
 import torch
 from conftest import only_files
 from small_run import alive, small_model
+from tqdm import tqdm
 
 from support import records, training
 from support.records import UserError
@@ -92,8 +98,6 @@ def test_a_checkpoint_that_cannot_be_read_now_is_kept(workplace, monkeypatch):
 
 
 def test_two_processes_do_not_train_the_same_run(workplace):
-    import filelock
-
     FOLDER.mkdir()
     lock = filelock.FileLock(FOLDER / ".lock")
     with lock, pytest.raises(UserError, match="another process is training"):
@@ -111,23 +115,80 @@ def test_a_batch_that_holds_more_than_all_images_is_refused(workplace):
 
 @pytest.mark.fault("disk full, read-only, gone")
 @pytest.mark.parametrize(
-    ("owner", "name", "number"),
+    "error", [NotImplementedError("no flock"), OSError(errno.ENOLCK, "no locks")]
+)
+def test_a_file_system_without_locks_will_do(workplace, monkeypatch, error):
+    monkeypatch.setattr(filelock.FileLock, "acquire", mock.Mock(side_effect=error))
+    go_on(small_model())
+    assert load(small_model())
+
+
+@pytest.mark.fault("disk full, read-only, gone")
+@pytest.mark.parametrize(
+    ("owner", "name", "number", "remedy"),
     [
-        (os, "fsync", errno.ENOSPC),  # the disk is full
-        (Path, "open", errno.EACCES),  # the folder is read-only
-        (os, "replace", errno.EACCES),  # Windows moves nothing onto an open file
+        (os, "fsync", errno.ENOSPC, "make room,"),
+        (Path, "open", errno.EROFS, "choose a folder that can be written"),
+        (Path, "open", errno.EMFILE, "ulimit"),
+        (os, "replace", errno.EACCES, "close what uses it"),  # Windows, an open file
     ],
 )
 def test_a_write_that_fails_costs_nothing_stored(
-    workplace, monkeypatch, owner, name, number
+    workplace, monkeypatch, owner, name, number, remedy
 ):
     records.write_whole("file", b"old")
     error = OSError(number, os.strerror(number))
-    with monkeypatch.context() as patch, pytest.raises(UserError, match=error.strerror):
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    with monkeypatch.context() as patch, pytest.raises(UserError) as caught:
         patch.setattr(owner, name, mock.Mock(side_effect=error))
         records.write_whole("file", b"new")
+    assert error.strerror in str(caught.value)
+    assert remedy in str(caught.value)
     assert Path("file").read_bytes() == b"old"
     assert only_files(Path()) == ["file"]
+
+
+def test_a_file_that_a_scanner_holds_for_a_moment_is_replaced(workplace, monkeypatch):
+    done = [PermissionError(13, "in use"), PermissionError(13, "in use"), None]
+    monkeypatch.setattr(os, "replace", mock.Mock(side_effect=done))
+    records.move("a", "b")
+
+
+# --- Runs ----------------------------------------------------------------------------
+
+
+def test_the_folder_of_a_run_is_named_by_what_differs():
+    for changes, name in (
+        ({}, "exercise"),
+        ({"n_epochs": 1}, "epochs-1"),
+        ({"batch_size": 64, "lr": 1e-3}, "batch_size-64-lr-0.001"),
+        (records.QUICK, "quick"),
+        ({**records.QUICK, "seed": 1}, "batch_size-32-lr-0.0002-epochs-13-seed-1"),
+    ):
+        run = training.Run({**records.DEFAULT, **changes})
+        assert run.folder == Path("runs", name)
+
+
+def test_random_numbers_of_a_gpu_are_saved_and_restored(workplace, monkeypatch):
+    go_on(small_model(), n_epochs=3, stop_after=1)  # on the CPU, and then on a GPU
+    on_gpu = SimpleNamespace(device=torch.device("cuda"))
+    monkeypatch.setattr(torch.optim, "Adam", lambda _: mock.Mock(state_dict=dict))
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: torch.tensor(7))
+    monkeypatch.setattr(torch.cuda, "set_rng_state", mock.Mock())
+    for restored in ([], [mock.call(torch.tensor(7))]):
+        model = small_model()
+        monkeypatch.setattr(model, "parameters", lambda: iter([on_gpu]))
+        go_on(model, n_epochs=3, stop_after=2)
+        assert torch.cuda.set_rng_state.mock_calls == restored
+
+
+def test_the_bar_says_when_an_epoch_is_validated(workplace, monkeypatch):
+    shown = []
+    bar = tqdm(total=4, file=io.StringIO(), mininterval=0)
+    monkeypatch.setattr(bar, "set_postfix_str", lambda s, **_: shown.append(s))
+    monkeypatch.setattr(training, "progress_bar", lambda *_: bar)
+    go_on(small_model(), n_epochs=2)
+    assert shown == ["", "loss 2.000", "loss 1.500", "validating"] * 2 + [""]
 
 
 # --- Records -------------------------------------------------------------------------
@@ -139,6 +200,45 @@ def test_a_record_without_weights_is_checked_alike(workplace):
     assert load(small_model()) == (None, run.history)
     with pytest.raises(UserError, match="drops out"):
         load(small_model(p_dropout=0.1))
+
+
+@pytest.mark.fault("damaged checkpoint or record")
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("lr", "1); import os; (", "is no float"),
+        ("seed", True, "is no int"),
+        ("val_accs", ["0.5"], "is no float"),
+        ("begins", [0.1], "is no dict"),
+        ("machine", None, "is no str"),
+        ("val_losses_eval", [float("nan")], "nan: the run diverged"),
+        ("probe_logits", [[float("-inf")]], "inf: the run diverged"),
+    ],
+)
+def test_values_of_another_kind_are_refused(workplace, name, value, said):
+    history = {**go_on(small_model()).history, name: value}
+    history["sha256"] = records.history_digest(history)
+    text = json.dumps(history)
+    (FOLDER / records.HISTORY_NAME).write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=f"{name} = .*{said}"):
+        records.read_history(FOLDER)
+
+
+@pytest.mark.fault("damaged checkpoint or record")
+def test_a_checkpoint_of_something_else_or_diverged_is_named(workplace):
+    path = go_on(small_model(), n_epochs=2, stop_after=1).checkpoint
+    state = torch.load(path)
+    nan = float("nan")
+    for other, said in (
+        (state["model"], "holds something else"),
+        (torch.zeros(3), "holds something else"),
+        ({**state, "history": {**state["history"], "val_accs": 7}}, "is no list"),
+        ({**state, "history": {**state["history"], "val_accs": [nan]}}, "diverged"),
+        ({**state, "probe_logits": [[nan]]}, "weights that give NaN .* diverged"),
+    ):
+        torch.save(other, path)
+        with pytest.raises(UserError, match=said):
+            go_on(small_model(), n_epochs=2)
 
 
 def test_the_summary_says_when_the_marks_were_reached(workplace):
