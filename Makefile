@@ -1,14 +1,11 @@
 # Every target is a command of make.py, which also works without make:
 # `python make.py report` is `make report`.
 PYTHON ?= python3
-TARGETS := report test zip lab setup train verify demo faults bench clean
+# Whatever is typed goes there, also where a file or folder has that name
+COMMANDS := $(or $(MAKECMDGOALS),help)
 
-.PHONY: help $(TARGETS)
-help:
-	@"$(PYTHON)" make.py
-$(TARGETS):
-	@"$(PYTHON)" make.py $@
-.DEFAULT:
+.PHONY: $(COMMANDS)
+$(COMMANDS):
 	@"$(PYTHON)" make.py $@
 
 # Values reach the command through the environment, as they were typed: make itself

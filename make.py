@@ -5,15 +5,16 @@ is missing or outdated, and then runs the command inside it.
 """
 
 import contextlib
+import difflib
 import hashlib
 import json
 import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
-import urllib.request
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
@@ -32,31 +33,31 @@ OTHERS = {
     "bench": "measure speed and memory beside other implementations",
     "clean": "remove the demo, dist/ and caches; never data, .venv, runs or copies",
 }
-OWN = ("report", "zip", "demo", "lab")  # not another program's alone
-NAMED = ("report", "zip", "demo")  # show a name
+MAKERS = ("report", "zip", "demo")  # show a name, and write what others show
 # Which commands take an option (None: all), and what it is
 OPTIONS = {
-    "SURNAME": (NAMED, "instead of the one in report/student.toml"),
-    "GIVEN_NAME": (NAMED, "likewise"),
-    "MATRICULATION": (NAMED, "likewise, the matriculation number"),
+    "SURNAME": (MAKERS, "instead of the one in report/student.toml"),
+    "GIVEN_NAME": (MAKERS, "likewise"),
+    "MATRICULATION": (MAKERS, "likewise, the matriculation number"),
     "RUN": (
         ("report", "zip", "train", "verify"),
         "folder of the run to show, to store or to validate",
     ),
     "WEIGHTS": (("zip",), "WEIGHTS=0 leaves the recorded weights out"),
-    "KEEP": (OWN, "notebook or script: which one stays, where both were edited"),
+    "KEEP": (None, "notebook or script: which one stays, where both were edited"),
     "PRESET": (("train",), "default (50 epochs) or quick (fewer, smaller batches)"),
     "EPOCHS": (("train",), "passes over the images"),
     "BATCH_SIZE": (("train",), "images in a step"),
     "LR": (("train",), "learning rate"),
     "SEED": (("train",), "of all random numbers"),
-    "CPU": (None, "CPU=1 takes PyTorch without CUDA, as on Linux without its driver"),
-    "CUDA": (None, "CUDA=1 takes it with CUDA; both matter on Linux only"),
+    "CPU": (None, "CPU=1 takes PyTorch without CUDA, whatever driver is there"),
+    "CUDA": (None, "CUDA=1 takes the package index's own, on Linux with CUDA"),
     "VENV": (None, "folder of the environment, instead of .venv"),
 }
-CHOICES = {"KEEP": ("notebook", "script"), "WEIGHTS": ("0", "1")}
-CPU_INDEX = "https://download.pytorch.org/whl/cpu"
-ANSWER_SECONDS = 5
+SWITCH = ("1", "0")
+CHOICES = {"KEEP": ("notebook", "script"), "WEIGHTS": SWITCH}
+CHOICES.update(CPU=SWITCH, CUDA=SWITCH)
+ANSWER_SECONDS = 60  # for a package index to answer
 
 
 def fail(sentence):
@@ -72,6 +73,12 @@ def environment_folder():
     return ROOT / (os.environ.get("VENV") or ".venv")
 
 
+def own_variables():
+    """Return the environment variables without those that lead Python elsewhere."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
+    return {**kept, "PYTHONUTF8": "1"}
+
+
 def ensure_environment():
     """Make the environment when it is missing or outdated; return its Python."""
     if sys.version_info < (3, 10):  # noqa: UP036 - of whoever types the command
@@ -79,168 +86,178 @@ def ensure_environment():
             f"Python 3.10 or newer is needed, this is {platform.python_version()}: "
             "give another one, as in `make report PYTHON=python3.12`."
         )
-    folder = environment_folder()
+    folder, build = environment_folder(), asked_build()
     python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    is_broken = not python.exists()  # perhaps a Python that was upgraded
+    is_other = is_broken and not (folder / "pyvenv.cfg").exists()
+    if is_other and folder.exists() and any(folder.iterdir()):
+        fail(f"VENV={folder} holds something else: choose an empty folder")
     stamp = folder / "requirements.sha256"
     requirements = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     wanted = hashlib.sha256(requirements.encode()).hexdigest()
-    is_broken = not python.exists()  # perhaps a Python that was upgraded
-    is_environment = python.exists() or (folder / "pyvenv.cfg").exists()
-    if folder.exists() and any(folder.iterdir()) and not is_environment:
-        fail(f"VENV={folder} holds something else: choose an empty folder")
-    is_made = stamp.exists() and stamp.read_text(encoding="utf-8") == wanted
-    is_made = is_made and not is_broken
-    build = asked_build()
-    is_other = bool(build) and not is_broken and build_of(python) != build
-    if is_made and not is_other:
+    made = stamp.read_text(encoding="utf-8") if stamp.exists() else ""
+    is_current = made.startswith(wanted) if build == "auto" else made == wanted + build
+    if is_current and not is_broken:
         return python
-    if not build and is_linux_pc() and not has_driver():
-        build = "cpu"
-    if build == "cpu" and not answers(f"{CPU_INDEX}/torch/"):
-        print(f"{CPU_INDEX} does not answer: PyTorch comes with CUDA, 5 GB more.")
-        build, is_other = "", False
-        if is_made:
-            return python
-    clear = ["--clear"] * (is_broken or is_other)
 
     print(f"Setting up {folder.name}: a few minutes, once.", flush=True)
+    clear = ["--clear"] * is_broken
+    set_up("the environment", [sys.executable, "-m", "venv", *clear, str(folder)])
     pip = [str(python), "-m", "pip", "--disable-pip-version-check", "install"]
-    set_up(
-        "the environment",
-        [sys.executable, "-m", "venv", *clear, str(folder)],
-    )
-    set_up("pip", [*pip, "--upgrade", "pip>=25.1"])  # the first to know --group
-    if build == "cpu":
-        torch = re.findall(r'"(torch(?:vision)?[<>=][^"]*)"', requirements)
-        set_up(
-            "PyTorch without CUDA, which needs an NVIDIA driver (or give CUDA=1)",
-            [*pip, "--index-url", CPU_INDEX, *torch],  # both from one index
-        )
-    set_up(
-        "all other packages" if build == "cpu" else "all packages",
-        [*pip, "--group", "test"],
-    )
-    stamp.write_text(wanted, encoding="utf-8")
+    set_up("uv, which installs the rest", [*pip, "--quiet", "uv>=0.8,<1"])
+    options = [] if build == "cuda" else [f"--torch-backend={build}"]
+    if made and build != "auto":  # and what only the other build needs goes
+        options += ["--exact", "--reinstall-package=torch"]
+        options += ["--reinstall-package=torchvision"]
+    install = install_command(python, "test")
+    if build != "cuda" and not answers([*install, *options, "--dry-run"]):
+        print("  PyTorch's own index does not answer: on Linux, 5 GB more are fetched.")
+        options = []
+    set_up("all packages", [*install, *options])
+    stamp.write_text(wanted + build, encoding="utf-8")
     return python
 
 
-def is_linux_pc():
-    """Return whether PyTorch comes in two builds for this machine."""
-    return sys.platform == "linux" and platform.machine() == "x86_64"
-
-
-def has_driver():
-    """Return whether there is an NVIDIA driver."""
-    path = Path("/proc/driver/nvidia/version")
-    return path.exists() or shutil.which("nvidia-smi") is not None  # as in WSL
-
-
 def asked_build():
-    """Return the build of PyTorch that the user asked for: "cpu", "cuda" or ""."""
+    """Return the build of PyTorch that is asked for: "cpu", "cuda" or "auto"."""
     asked = [name for name in ("cpu", "cuda") if os.environ.get(name.upper()) == "1"]
     if len(asked) > 1:
         fail("CPU=1 and CUDA=1 exclude each other")
-    return asked[0] if asked and is_linux_pc() else ""
+    return asked[0] if asked else "auto"
 
 
-def build_of(python):
-    """Return which build of PyTorch an environment holds: "cpu" or "cuda"."""
-    question = "from importlib.metadata import version; print(version('torch'))"
-    command = [str(python), "-c", question]
-    done = subprocess.run(command, capture_output=True, check=False)
-    return "cpu" if done.stdout.strip().endswith(b"+cpu") else "cuda"
+def install_command(python, group):
+    """Return the command that installs a group into the environment of a Python."""
+    words = ["-m", "uv", "pip", "install", "--python", str(python), "--group", group]
+    return [str(python), *words]
 
 
-def answers(url):
-    """Return whether a server answers."""
-    with (
-        contextlib.suppress(Exception),  # whatever a network or a proxy can do
-        urllib.request.urlopen(url, timeout=ANSWER_SECONDS),
-    ):
-        return True
+def answers(command):
+    """Return whether a command succeeds, and soon, without a word."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        return not call(command, capture_output=True, timeout=ANSWER_SECONDS)
     return False
 
 
 def set_up(title, command):
-    """Run one step of the set-up; pip itself shows its progress."""
+    """Run one step of the set-up, which shows its progress by itself."""
     print(f"  {title} ...", flush=True)
-    if subprocess.run(command, cwd=ROOT, check=False).returncode:
+    if call(command):
         fail(
             f"The environment could not be made ({' '.join(command[1:4])} ... failed, "
             "see above): put right the cause, or the network, and type the same again."
         )
 
 
-def run(command, environment=None):
-    """Run a program, leave Ctrl-C to it, and end as it did unless all went well."""
-    with subprocess.Popen(command, env=environment) as process:
+def call(command, **options):
+    """Run a program in the folder of this file, return its exit code."""
+    options.update(cwd=ROOT, env=own_variables(), check=False)
+    return subprocess.run(command, **options).returncode
+
+
+def run(command):
+    """Run a program, leave Ctrl-C to it, and return its exit code."""
+    with subprocess.Popen(command, env=own_variables()) as process:
         while process.returncode is None:
             with contextlib.suppress(KeyboardInterrupt):
                 process.wait()
-    if process.returncode:
-        sys.exit(process.returncode)
+    number = -process.returncode
+    if number <= 0:
+        return process.returncode
+    if number != signal.SIGINT:
+        print(
+            f"error: it was ended from outside ({signal.strsignal(number)}), or lacked "
+            "memory: the same command goes on from what is stored",
+            file=sys.stderr,
+        )
+    return 128 + number  # as shells have it
 
 
 # --- Commands, inside the environment -------------------------------------------------
 
 
+def run_inside(name):
+    """Run a command that reads the code, of which both sides are brought together."""
+    from support.records import UserError, file_errors
+
+    run_of, keep = os.environ.get("RUN"), os.environ.get("KEEP")
+    try:
+        if name in MAKERS:
+            from report.student import read_student
+
+            student = read_student()  # refused before more is loaded
+            digits = len(student.matriculation_number)
+            if digits not in (7, 8):
+                print(f"LMU's matriculation numbers have 7 or 8 digits, not {digits}.")
+            lock = take_turn()  # noqa: F841 - it is free when this function ends
+
+        from report import sync
+
+        for script in sync.SCRIPTS:
+            sync.bring_together(script, script.with_suffix(".ipynb"), keep)
+            if name == "lab":
+                with file_errors(script):
+                    os.utime(script)  # jupytext wants it to be the newer one
+        if name not in MAKERS:
+            return run_program(name)
+
+        from report import build, bundle
+
+        if name == "demo":
+            build.demo(student, keep)
+        elif name == "report":
+            build.report(build.Submission.of(student, run_of), keep)
+        else:
+            shown = build.Submission.of(student, run_of)
+            bundle.make_zip(shown, os.environ.get("WEIGHTS") != "0", keep)
+    except UserError as error:
+        fail(error)
+    return 0
+
+
+def take_turn():
+    """Return a lock, so that no other command writes the same files."""
+    import filelock
+
+    from support.records import file_errors
+
+    path = Path("build", ".lock")
+    with file_errors(path):
+        path.parent.mkdir(exist_ok=True)
+    lock = filelock.FileLock(path, timeout=0)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        fail(f"another {' or '.join(MAKERS)} is at work here: wait until it has ended")
+    except (NotImplementedError, OSError):
+        pass  # a file system without locks
+    return lock
+
+
 def run_program(name):
-    """Run a command that is another program of the environment."""
-    python = sys.executable
+    """Run a command that is another program of the environment; return its code."""
     options = [
         f"--{option.lower().replace('_', '-')}={os.environ[option]}"
         for option, (commands, _) in OPTIONS.items()
         if name in (commands or ()) and os.environ.get(option)
     ]
-    pytest = [python, "-m", "pytest"]
     programs = {
+        "lab": [["-m", "jupyterlab", "attention.ipynb"]],
         "test": [
-            [python, "-m", "ruff", "check", "."],
-            [python, "-m", "ruff", "format", "--check", "."],
-            pytest,
+            ["-m", "ruff", "check", "."],
+            ["-m", "ruff", "format", "--check", "."],
+            ["-m", "pytest"],
         ],
-        "train": [[python, "train.py", *options]],
-        "verify": [[python, "train.py", "--verify", *options]],
-        "faults": [[*pytest, "--quiet", "-m", "fault"]],
-        "bench": [[python, str(Path("bench", "speed.py"))]],
+        "train": [["train.py", *options]],
+        "verify": [["train.py", "--verify", *options]],
+        "faults": [["-m", "pytest", "--quiet", "-m", "fault"]],
+        "bench": [[str(Path("bench", "speed.py"))]],
     }
     if name == "bench":  # needs more than the rest
-        pip = [python, "-m", "pip", "install", "--group", "bench"]
-        set_up("the other implementations", pip)
-    for command in programs[name]:
-        run(command)
-
-
-def run_own(name):
-    """Run a command of this folder; say what the user can put right in a sentence."""
-    from support.records import UserError
-
-    keep, weights = os.environ.get("KEEP"), os.environ.get("WEIGHTS", "1")
-    try:
-        from report.student import read_student
-
-        student = read_student()  # refused before more is loaded
-        digits = len(student.matriculation_number)
-        if name in NAMED and digits not in (7, 8):
-            print(f"LMU's matriculation numbers have 7 or 8 digits, not {digits}.")
-
-        from report import build, bundle, sync
-
-        if name == "demo":
-            build.demo(student, keep)
-            return
-        shown = build.Submission.of(student, os.environ.get("RUN"))
-        if name == "report":
-            build.report(shown, keep)
-        elif name == "zip":
-            bundle.make_zip(shown, weights == "1", keep)
-        else:
-            for script, notebook in shown.pairs:
-                sync.bring_together(script, notebook, keep)
-                os.utime(script)  # jupytext wants it to be the newer one
-            run([sys.executable, "-m", "jupyter", "lab", "attention.ipynb"])
-    except UserError as error:
-        fail(error)
+        command = install_command(sys.executable, "bench")
+        set_up("the other implementations", command)
+    codes = [run([sys.executable, *command]) for command in programs[name]]
+    return max(codes)  # each of them runs, whatever the others say
 
 
 def clean():
@@ -248,7 +265,12 @@ def clean():
     made = ("build/demo", "dist", ".pytest_cache", ".ruff_cache", ".hypothesis")
     caches = [*ROOT.glob("__pycache__"), *ROOT.glob("[!.]*/__pycache__")]
     for path in [*(ROOT / name for name in made), *caches]:
-        shutil.rmtree(path, ignore_errors=True)
+        files = [*path.rglob("history.json"), *path.rglob("checkpoint.pt")]
+        runs = {file.parent for file in files} - {ROOT / "build" / "demo" / "run"}
+        if runs:
+            print(f"{path} stays, as it holds a run: move {min(runs)} into runs/")
+        else:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def usage():
@@ -267,8 +289,14 @@ def usage():
         print(f"  {name:<15}{', '.join(commands or ['all commands'])}: {what}")
 
 
+def meant(word, known):
+    """Return what a mistyped word may have meant, else all that is known."""
+    close = difflib.get_close_matches(word, known, 1)
+    return f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}"
+
+
 def main(arguments):
-    """Run one command, given as on the command line."""
+    """Run one command, given as on the command line; return its exit code."""
     words = [word for word in arguments if "=" not in word]
     given = dict(word.split("=", 1) for word in arguments if "=" in word)
     os.environ.update(given)
@@ -278,21 +306,26 @@ def main(arguments):
     given.pop("PYTHON", None)
     for name in given:
         if name not in OPTIONS:
-            fail(f"{name} is no option; the options: {', '.join(OPTIONS)}")
+            fail(f"{name} is no option: {meant(name.upper(), OPTIONS)}")
     if not words or words[0] in ("help", "-h", "--help"):
         usage()
-        return
+        return 0
     known = {**FIRST, **OTHERS}
     if len(words) > 1 or words[0] not in known:
-        fail(f"{' '.join(words)!r} is no command; the commands: {', '.join(known)}")
+        words = " ".join(words)
+        fail(f"{words!r} is no command: {meant(words.lower(), known)}")
     [name] = words
     for option, (commands, _) in OPTIONS.items():
         if option in given and commands and name not in commands:
             fail(f"{option} is no option of {name}, but of {', '.join(commands)}")
-    for option, choices in CHOICES.items():
-        if os.environ.get(option, choices[0]) not in choices:
-            value = f"{option}={os.environ[option]}"
-            fail(f"{value} is not one of {', '.join(choices)}")
+        value = os.environ.get(option)
+        # Other programs have variables of these names, too
+        if value is None or not (option in given or name in (commands or ())):
+            continue
+        if value not in CHOICES.get(option, (value,)):
+            fail(f"{option}={value} is not one of {', '.join(CHOICES[option])}")
+        if not value.strip():
+            fail(f"{option}= is empty: give a value, or leave it away")
     os.chdir(ROOT)
     is_inside = Path(sys.prefix).resolve() == environment_folder().resolve()
     if name == "clean":
@@ -300,24 +333,21 @@ def main(arguments):
     elif name == "setup":
         if not is_inside:
             ensure_environment()
-        elif asked_build() not in ("", build_of(sys.executable)):
+        elif asked_build() != "auto":
             fail("an environment cannot replace itself: `deactivate` first")
         print(f"{environment_folder().name} is ready.")
-    elif not is_inside:
-        child = {**os.environ, "PYTHONUTF8": "1"}
-        child.pop("PYTHONHOME", None)
-        command = [str(ensure_environment()), str(Path(__file__).resolve())]
-        run([*command, *arguments], child)
-    elif name in OWN:
+    elif is_inside and os.environ == own_variables():
         sys.path.insert(0, str(ROOT))
-        run_own(name)
+        return run_inside(name)
     else:
-        run_program(name)
+        python = sys.executable if is_inside else str(ensure_environment())
+        return run([python, str(Path(__file__).resolve()), *arguments])
+    return 0
 
 
 if __name__ == "__main__":
     try:
-        main(sys.argv[1:])
+        sys.exit(main(sys.argv[1:]))
     except KeyboardInterrupt:
         print("\nInterrupted; the same command continues.", file=sys.stderr)
         sys.exit(130)

@@ -5,10 +5,14 @@ from. So where the two differ, it can be told which of them was edited since.
 """
 
 import ast
+import base64
 import difflib
 import hashlib
 import json
+import re
+import symtable
 from pathlib import Path
+from urllib.parse import quote
 
 import jupytext
 
@@ -22,9 +26,12 @@ LIBRARIES = tuple(
     for name in ("dataset", "figures", "records", "training")
 )
 KEPT = Path("build", "kept")  # copies of what had to give way
+PICTURES = "pictures"  # beside the script: what was pasted into a notebook
+SIDES = ("notebook", "script")
 NOTEBOOK_ONLY = "active-ipynb"  # the tag of cells that are comments in the script
 LIKE = 0.6  # how alike an edited cell and the one that it was have to be
 DEFINITIONS = (ast.FunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom)
+ASSIGNMENTS = (ast.Assign, ast.AnnAssign)
 
 
 # --- What is compared -----------------------------------------------------------------
@@ -42,15 +49,20 @@ def handwritten(notebook):
 def contents(notebook):
     """Return type, text and tags of every handwritten cell."""
     return [
-        [cell.cell_type, text_of(cell), sorted(cell.metadata.get("tags", []))]
+        [cell.cell_type, text_of(cell), tags_of(cell)]
         for _, cell in handwritten(notebook)
     ]
 
 
 def text_of(cell):
-    """Return the source of a cell without what no reader sees."""
-    lines = cell.source.split("\n")  # each perhaps with a \r of Windows
-    return "\n".join(line.rstrip() for line in lines).strip("\n")
+    """Return the source of a cell; blanks at the end of a line may matter, so stay."""
+    return cell.source.replace("\r\n", "\n").strip("\n")
+
+
+def tags_of(cell):
+    """Return the tags of a cell, sorted, without that of code where it is none."""
+    tags = set(cell.metadata.get("tags", []))
+    return sorted(tags - {NOTEBOOK_ONLY} if cell.cell_type != "code" else tags)
 
 
 def digest(value):
@@ -122,20 +134,20 @@ def bring_together(script, notebook, keep=None):
 
     Where both were, ``keep``, "notebook" or "script", says which one stays, and the
     other is copied first; without it a ``UserError`` names the cells. Outputs stay with
-    the code that they belong to.
+    the code that they belong to, and pasted pictures become files.
     """
     if not notebook.is_file():
         return
     seen = checksum(script), checksum(notebook)
     ours, theirs = read_script(script), read_notebook(notebook)
+    pictures = _take_pictures(theirs, notebook, script.parent / PICTURES)
     made_from = provenance(theirs).get("source")
     was_edited = made_from != cell_checksums(theirs), made_from != cell_checksums(ours)
-    if contents(ours) == contents(theirs):
-        if any(was_edited):  # saved by JupyterLab in both, or the checksum is gone
-            _store(theirs, notebook)
+    are_same = contents(ours) == contents(theirs)
+    if are_same and not any(was_edited):
         return
-    if was_edited == (True, True):
-        if keep is None:
+    if was_edited == (True, True) and not are_same:
+        if keep not in SIDES:
             # Where that is not known, each is compared with the other
             places = _edits(notebook, theirs, made_from or cell_checksums(ours))
             places += _edits(script, ours, made_from or cell_checksums(theirs))
@@ -148,32 +160,58 @@ def bring_together(script, notebook, keep=None):
         was_edited = keep == "notebook", keep == "script"
         _copy(script if keep == "notebook" else notebook)
     text, dropped = None, []
-    if was_edited[0]:
-        text, dropped = _script_with_cells(ours, theirs, notebook)
-    else:
+    if was_edited[0] and not are_same:
+        text, dropped = _script_with_cells(ours, theirs, script, notebook)
+    elif not are_same:
         _use_cells(theirs, ours)
+        pictures = {}
     if (checksum(script), checksum(notebook)) != seen:
         raise UserError(
             f"{script} or {notebook} was saved just now: type the same again"
         )
+    for path, content in pictures.items():
+        write_whole(path, content)
+        print(f"A picture pasted into {notebook} is {path.as_posix()} now.")
     if text is not None:
         if dropped:
             _copy(script)
         write_whole(script, text.encode())
         print(f"{notebook} was edited: its cells are in {script} now, too.")
-    _store(theirs, notebook)
-
-
-def _store(notebook, path):
-    facts = {**provenance(notebook), "source": cell_checksums(notebook)}
-    notebook.metadata["provenance"] = facts
-    store(notebook, path)
+    facts = {**provenance(theirs), "source": cell_checksums(theirs)}
+    theirs.metadata["provenance"] = facts
+    store(theirs, notebook)
 
 
 def _copy(path):
     copy = KEPT / f"{path.stem}-{checksum(path)[:8]}{path.suffix}"
     write_whole(copy, path.read_bytes())
     print(f"{path} as it was is kept as {copy.as_posix()}: copy from it what you miss.")
+
+
+def _take_pictures(notebook, name, folder):
+    """Let cells name files instead of their pasted pictures; return the files."""
+    files = {}
+    for number, cell in enumerate(notebook.cells, 1):
+        pasted = cell.pop("attachments", {})
+        for title in sorted(pasted, key=len, reverse=True):
+            try:
+                [(kind, data), *_] = pasted[title].items()
+                content = base64.b64decode(data)
+            except ValueError as error:
+                raise UserError(
+                    f"{name}, cell {number}: the picture {title[:40]!r} cannot be read "
+                    f"({error}): delete it, or paste it again"
+                ) from error
+            stem = re.sub(r"\W+", "-", Path(title).stem)[:40]
+            ending = re.sub(r"\W.*", "", kind.rpartition("/")[2])  # of svg+xml, too
+            # Its checksum in its name, no other file is ever overwritten
+            sum_ = hashlib.sha256(content).hexdigest()[:8]
+            path = folder / f"{stem}-{sum_}.{ending}"
+            files[path] = content
+            for written in (title, quote(title)):
+                link = f"attachment:{written}"
+                cell.source = cell.source.replace(link, path.as_posix())
+    return files
 
 
 def _use_cells(notebook, ours):
@@ -195,7 +233,7 @@ def _use_cells(notebook, ours):
         notebook.cells.insert(place, cell)
 
 
-def _script_with_cells(ours, theirs, notebook):
+def _script_with_cells(ours, theirs, script, notebook):
     """Return the text of a script with the cells of a notebook, and the cells it loses.
 
     Editors drop metadata, so cells of the notebook get back what the script knows of
@@ -212,29 +250,27 @@ def _script_with_cells(ours, theirs, notebook):
             if best:
                 origin[number] = texts[best[0]]
                 left.remove(origin[number])
+    code, rest = [], {}
     for number, cell in cells:
-        name = f"{notebook}, cell {number}"
-        if cell.get("attachments"):
-            raise UserError(
-                f"{name} holds a pasted picture, which a script cannot hold: save it "
-                "as a file, and name the file in the cell"
-            )
-        is_new = number not in origin
-        known = {} if is_new else origin[number].metadata
+        known = origin[number].metadata if number in origin else {}
         cell.metadata.update({**known, **cell.metadata})
-        tags = cell.metadata.get("tags", [])
-        if cell.cell_type != "code" or NOTEBOOK_ONLY in tags:
+        if "tags" in cell.metadata:
+            cell.metadata["tags"] = tags_of(cell)
+        if cell.cell_type != "code":
             continue
-        if is_new and not _only_defines(cell.source):
-            cell.metadata["tags"] = sorted([*tags, NOTEBOOK_ONLY])
+        given = {"": True} if number in origin else _given(cell.source)
+        if given is None or not all(given.values()) or NOTEBOOK_ONLY in tags_of(cell):
+            rest[number] = cell
             continue
+        code.append(cell.source)
         try:
-            ast.parse(cell.source)
+            compile(cell.source, "cell", "exec")
         except SyntaxError as error:
             raise UserError(
-                f"{name} could not be imported ({error.msg}, line {error.lineno}): put "
-                "it right, or move a magic into a cell of its own"
+                f"{notebook}, cell {number} could not be imported ({error.msg}, line "
+                f"{error.lineno}): put it right, or move a magic into a cell of its own"
             ) from error
+    _tag(rest, code, script, notebook)
     merged = ours.copy()
     merged["cells"] = [cell for _, cell in cells]
     text = jupytext.writes(merged, fmt="py:percent")
@@ -248,19 +284,64 @@ def _script_with_cells(ours, theirs, notebook):
     return text, left
 
 
-def _only_defines(source):
-    """Return whether code has no effect, in a script that is imported."""
-    try:
-        nodes = ast.parse(source).body
-    except SyntaxError:  # perhaps a magic of the notebook
-        return False
-    return all(isinstance(node, DEFINITIONS) or _is_constant(node) for node in nodes)
+# --- What is code in the script, too --------------------------------------------------
 
 
-def _is_constant(node):
-    """Return whether a statement is a docstring, or gives a literal a name."""
+def _tag(rest, code, script, notebook):
+    """Make comments of cells, by number, unless they give values that code reads.
+
+    A computed value may take long, or draw, so it stays one until code needs it.
+    """
+    given = {number: set(_given(cell.source) or ()) for number, cell in rest.items()}
+    inner = [_reads(rest[number].source, 1) for number in given if given[number]]
+    read, said = set().union(*map(_reads, code), *inner), []
+    for number, cell in reversed(rest.items()):  # what is read comes before
+        tags = set(tags_of(cell))
+        if given[number] & read:
+            read |= _reads(cell.source)
+            cell.metadata["tags"] = sorted(tags - {NOTEBOOK_ONLY})
+        elif NOTEBOOK_ONLY not in tags:
+            cell.metadata["tags"] = sorted(tags | {NOTEBOOK_ONLY})
+            first = text_of(cell).splitlines()[0][:40]
+            said.append(f"cell {number} ({first})")
+    if said:
+        print(
+            f"{', '.join(reversed(said))} of {notebook} computes what no function "
+            f"reads, or does more than define: a comment in {script}."
+        )
+
+
+def _given(source):
+    """Return which names code gives to values, and whether those are literals.
+
+    None if it does more than that, define and import.
+    """
+    given = {}
     try:
-        ast.literal_eval(node.value)
-    except (AttributeError, ValueError):
-        return False
-    return True
+        compile(source, "cell", "exec")
+    except (SyntaxError, ValueError):  # perhaps a magic of the notebook
+        return None
+    for node in ast.parse(source).body:
+        try:
+            ast.literal_eval(getattr(node, "value", None))
+            is_literal = True
+        except (TypeError, ValueError):
+            is_literal = False
+        names = [n for n in ast.walk(node) if isinstance(n, ast.Name)]
+        names = [n.id for n in names if isinstance(n.ctx, ast.Store)]
+        if isinstance(node, ASSIGNMENTS) and names:
+            given.update(dict.fromkeys(names, is_literal))
+        elif not isinstance(node, DEFINITIONS) and not (
+            isinstance(node, ast.Expr) and is_literal  # a docstring
+        ):
+            return None
+    return given
+
+
+def _reads(source, depth=0):
+    """Return the global names that code reads; with depth 1, functions and classes."""
+    tables = [symtable.symtable(source, "cell", "exec")]
+    for table in tables:
+        tables += table.get_children()
+    symbols = [symbol for table in tables[depth:] for symbol in table.get_symbols()]
+    return {s.get_name() for s in symbols if s.is_global() and s.is_referenced()}

@@ -238,6 +238,11 @@ class Run:
         Weights, optimiser and random numbers are restored as they were after the last
         full epoch, so an interrupted run ends bit for bit as an uninterrupted one.
         """
+        if os.environ.get("NO_TRAINING"):
+            raise UserError(
+                f"{self.folder} holds no finished run, and a report trains none: "
+                f"`make train RUN={self.folder.as_posix()}` does"
+            )
         if not steps_per_epoch:
             raise UserError(
                 "a batch would hold more than all training images: choose a smaller one"

@@ -15,7 +15,6 @@ import pytest
 from conftest import only_files
 from torchvision.datasets import CIFAR10
 
-import make
 from support import dataset
 from support.records import UserError
 
@@ -210,15 +209,6 @@ def test_proxy_settings_that_cannot_be_read_are_named(tmp_path, monkeypatch):
 @pytest.mark.fault("download")
 def test_all_real_sources_dead_cost_less_than_a_minute():
     assert len(dataset.SOURCES) * (dataset.WATCH_SECONDS + 1) < 60
-
-
-def test_an_index_answers_or_is_given_up_within_seconds(server, monkeypatch):
-    monkeypatch.setattr(make, "ANSWER_SECONDS", 0.3)
-    assert make.answers(server("good"))
-    start = time.monotonic()
-    for url in (server("silent"), server("missing"), NOBODY):
-        assert not make.answers(url)
-    assert time.monotonic() - start < 2
 
 
 @pytest.mark.fault("data missing or corrupt")

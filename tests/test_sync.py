@@ -1,8 +1,12 @@
 """Scripts and notebooks edited on either side: nothing that was written is lost."""
 
+import base64
 import json
 import re
 import shutil
+import subprocess
+import sys
+import urllib.parse
 from pathlib import Path
 
 import jupytext
@@ -10,14 +14,13 @@ import nbformat
 import pytest
 from conftest import ROOT, STUDENT, copy_project, edited_notebook, replace_in
 
-import make
 from report import build, bundle, notebooks, sync
 from report.build import Submission
 from support import records
 from support.records import UserError
 
 SCRIPT, NOTEBOOK = Path("attention.py"), Path("attention.ipynb")
-SIDES = make.CHOICES["KEEP"]
+SIDES = sync.SIDES
 fault = pytest.mark.fault("edited script or notebook")
 
 
@@ -39,9 +42,10 @@ def edited(light, tmp_path, executed, monkeypatch):
     """A fresh copy of it as the working directory, with stand-ins for slow work."""
     monkeypatch.chdir(shutil.copytree(light, tmp_path / "Übung 11 ä"))
     monkeypatch.setattr(build, "fetch", lambda *_: None)
-    monkeypatch.setattr(build, "use_system_fonts", lambda *_: False)
     for module in (build, bundle):
-        monkeypatch.setattr(module, "make_pdf", lambda s: s.pdf.write_bytes(b"a PDF"))
+        monkeypatch.setattr(
+            module, "make_pdf", lambda s: s.pdf.write_bytes(b"a PDF") * []
+        )
     monkeypatch.setattr(bundle, "_test_as_grader", lambda *_: None)
 
 
@@ -292,23 +296,166 @@ def test_an_edit_in_the_meantime_is_not_overwritten(
     assert "in the meantime" in "".join(texts_in(NOTEBOOK))
 
 
-PASTED = nbformat.v4.new_markdown_cell("![x](attachment:x.png)")
-PASTED["attachments"] = {"x.png": {"image/png": ""}}
-SEPARATOR = nbformat.v4.new_code_cell("s = '\u2028'")
+@fault
+@pytest.mark.parametrize("source", ["s = '\u2028'", "x = 1\n# %% y"])
+def test_what_a_script_cannot_hold_is_refused(edited, source):
+    with edited_notebook() as notebook:
+        notebook.cells.append(nbformat.v4.new_code_cell(source))
+        number = len(notebook.cells)
+    before = NOTEBOOK.read_bytes(), SCRIPT.read_bytes()
+    with pytest.raises(UserError, match=f"cell {number} cannot be written as part"):
+        COMMANDS["report"](None)
+    assert (NOTEBOOK.read_bytes(), SCRIPT.read_bytes()) == before
+
+
+BLANKS = [
+    nbformat.v4.new_markdown_cell("a line  \n  and another  \n  \nthe end  "),
+    nbformat.v4.new_code_cell('TEXT = """a  \n   \n\tb \t"""  \nLAST = 1  '),
+    nbformat.v4.new_code_cell('print("x")  \n\n  \n%matplotlib inline  '),
+]
+
+
+@fault
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("cell", BLANKS)
+def test_blanks_at_the_ends_of_lines_are_kept(edited, cell, side):
+    def add(cells, _):
+        cells.insert(2, nbformat.from_dict(cell))
+
+    def change(cells, _):
+        cells[2].source = cells[2].source.replace("  \n", "\n")
+
+    edit = {"notebook": edit_notebook, "script": edit_script}[side]
+    for function in (add, change):
+        edit(function, "")
+        written = jupytext.read({"notebook": NOTEBOOK, "script": SCRIPT}[side]).cells
+        sync.bring_together(SCRIPT, NOTEBOOK)
+        for path in (SCRIPT, NOTEBOOK):
+            assert jupytext.read(path).cells[2].source == written[2].source
+
+
+@fault
+def test_line_breaks_in_a_text_are_no_fault_of_the_code(edited):
+    ruff = [sys.executable, "-m", "ruff"]
+    for path in sync.SCRIPTS:  # where comments aside, the formatter has the last word
+        text = re.sub(r"(?m)^(#.*?) +$", r"\1", read(path))
+        command = [*ruff, "format", "--check", "--stdin-filename=x.py", "-"]
+        subprocess.run(command, input=text.encode(), check=True)
+    edit_notebook(lambda cells, _: cells.insert(2, BLANKS[0]), "")
+    sync.bring_together(SCRIPT, NOTEBOOK)
+    assert re.search(r"(?m)^# .* +$", read(SCRIPT))
+    for words in (["check"], ["format", "--check"]):
+        subprocess.run([*ruff, *words, "--no-cache", "."], check=True)
+
+
+USES = "def masked(x):\n    return x * MASKED"
 
 
 @fault
 @pytest.mark.parametrize(
-    ("cell", "said"),
-    [(PASTED, "a pasted picture"), (SEPARATOR, "cannot be written as part")],
+    ("new", "comments"),
+    [
+        (['MASKED = float("-inf")', USES], []),
+        ([USES, 'HALF, MASKED = 0.5, float("-inf")'], []),
+        (['BASE: float = float("-inf")', "MASKED = 2 * BASE", USES], []),
+        (['MASKED = float("-inf")', "def masked(x=MASKED):\n    return x"], []),
+        (["MASKED = 1.0", 'MORE = open("nowhere").read()', USES], [1]),
+        (["MASKED = 1.0", 'MASKED = open("nowhere").read()\nprint(2)', USES], [1]),
+        ([USES, "MASKED = 1.0", "%matplotlib inline", "math.pi = 3"], [2, 3]),
+        (["def plot(x):\n    return x", "x = plot(1 / 0)"], [1]),
+    ],
 )
-def test_what_a_script_cannot_hold_is_refused(edited, cell, said):
+def test_what_defines_is_code_in_the_script_and_the_rest_is_said(
+    edited, capsys, new, comments
+):
+    place = len(nbformat.read(NOTEBOOK, as_version=4).cells)
     with edited_notebook() as notebook:
-        notebook.cells.append(cell)
+        notebook.cells += map(nbformat.v4.new_code_cell, new)
+    sync.bring_together(SCRIPT, NOTEBOOK)
+    for number, text in enumerate(new):
+        assert tags_of(SCRIPT, text) == ["active-ipynb"] * (number in comments)
+    said = re.findall(r"cell (\d+) \(", capsys.readouterr().out)
+    assert [int(number) - place - 1 for number in said] == comments
+    scope = {"__name__": "attention"}
+    exec(compile(read(SCRIPT), "attention.py", "exec"), scope)
+    if USES in new:
+        assert scope["masked"](-1.0) in (-1.0, float("inf"))
+
+
+@fault
+def test_a_comment_becomes_code_when_code_reads_it(edited):
+    for text in ('MASKED = float("-inf")', USES):
+        with edited_notebook() as notebook:
+            notebook.cells.append(nbformat.v4.new_code_cell(text))
+        sync.bring_together(SCRIPT, NOTEBOOK)
+        expected = ["active-ipynb"] if text != USES else []
+        assert tags_of(SCRIPT, "MASKED = ") == expected
+
+
+@fault
+def test_a_code_cell_turned_into_text_keeps_no_tag_of_code(edited):
+    with edited_notebook() as notebook:
+        cell = next(c for c in notebook.cells if "plot_cost(" in c.source)
+        cell["cell_type"] = "markdown"  # as JupyterLab does, with all metadata
+        del cell["outputs"], cell["execution_count"]
+        source = cell.source
+    assert not run("report")
+    for path in (SCRIPT, NOTEBOOK):
+        assert tags_of(path, source) == ["appendix"]
+        assert source in texts_in(path)
+    assert f"\n# {source}\n" in read(SCRIPT)
+
+
+def pasted(name, content=b"a picture", kind="image/png"):
+    cell = nbformat.v4.new_markdown_cell(f"See ![x](attachment:{name}).")
+    data = base64.b64encode(content).decode()
+    cell["attachments"] = {urllib.parse.unquote(name): {kind: data}}
+    return cell
+
+
+@fault
+def test_pasted_pictures_become_files_and_replace_none(edited, capsys):
+    with edited_notebook() as notebook:
+        notebook.cells += [
+            pasted("image.png"),
+            pasted("image.png", b"another"),
+            pasted("../../%C3%84%20b", b"<svg/>", "image/svg+xml"),
+        ]
+        notebook.cells[0].source += "\n"
+    sync.bring_together(SCRIPT, NOTEBOOK)
+    cells = jupytext.read(SCRIPT).cells[-3:]
+    assert capsys.readouterr().out.count("A picture pasted into attention.ipynb") == 3
+    names = [re.search(r"\((pictures/[\w.-]+)\)", cell.source)[1] for cell in cells]
+    assert [Path(name).read_bytes() for name in names] == [
+        *(b"a picture", b"another", b"<svg/>")
+    ]
+    assert names[2].endswith(".svg")
+    stored = nbformat.read(NOTEBOOK, as_version=4).cells[-3:]
+    assert [cell.source for cell in stored] == [cell.source for cell in cells]
+    assert not any("attachments" in cell for cell in stored)
     before = NOTEBOOK.read_bytes(), SCRIPT.read_bytes()
-    with pytest.raises(UserError, match=said):
-        COMMANDS["report"](None)
+    sync.bring_together(SCRIPT, NOTEBOOK)
+    assert (NOTEBOOK.read_bytes(), SCRIPT.read_bytes()) == before, "it is settled"
+    with edited_notebook() as notebook:
+        notebook.cells.append(pasted("x.png"))
+        notebook.cells[-1].attachments = {"x.png": {"image/png": "not base 64"}}
+        number = len(notebook.cells)
+    before = NOTEBOOK.read_bytes(), SCRIPT.read_bytes()
+    with pytest.raises(UserError, match=f"cell {number}: the picture 'x.png' cannot"):
+        sync.bring_together(SCRIPT, NOTEBOOK)
     assert (NOTEBOOK.read_bytes(), SCRIPT.read_bytes()) == before
+
+
+@fault
+def test_code_edited_since_execution_is_seen(edited):
+    def edited_files():
+        return sync.edited_since(notebooks.read_notebook(NOTEBOOK))
+
+    build.report(submission())
+    assert edited_files() == []
+    replace_in(Path("support", "records.py"), "# --- Files", "# --- The files")
+    replace_in(SCRIPT, "softmax(dim=-1)", "softmax(dim=-2)")
+    assert edited_files() == ["support/records.py", "attention.py"]
 
 
 @fault
@@ -345,27 +492,25 @@ def test_another_run_is_shown_and_what_was_injected_gets_into_no_script(edited):
     history = {**records.read_history(ROOT / records.RECORD), "batch_size": 64}
     history["sha256"] = records.history_digest(history)
     records.write_whole(Path("mine", "history.json"), json.dumps(history).encode())
-    other = Submission.of("mine", STUDENT)
+    other = Submission.of(STUDENT, "mine")
+    assert other.folder == Path("build", "mine")
     build.store_notebooks(other)
     path, script = other.notebooks[1], Path("vision_transformer.py")
     text = read(script)
     with edited_notebook(path) as notebook:
         cells = notebook.cells
-        [said] = [n for n, c in enumerate(cells) if "Another run is sh" in c.source]
-        assert cells[said - 1].source.startswith("## Plots")
-        assert re.search(r"batch size 128.*\n.*batch size 64", cells[said].source)
-        [run_cell] = [n for n, c in enumerate(cells) if "RECORD = 'mine'" in c.source]
-        assert any("SEED = 0" in cell.source for cell in cells[:run_cell])
+        [place] = [n for n, c in enumerate(cells) if "RUN = 'mine'" in c.source]
+        assert "parameters" in cells[place - 1].metadata["tags"]
         colab(notebook)
-        cells[run_cell].source += "\n# an edit that is not kept, as the cell says"
+        cells[place].source += "\n# an edit that is not kept, as the cell says"
         cells[0].source += "\n\nMy sentence."
     build.store_notebooks(other)
-    assert "Another run" not in read(Path("vision_transformer.ipynb"))
+    assert "RUN = 'mine'" not in read(Path("vision_transformer.ipynb"))
     assert read(script).replace("#\n# My sentence.\n", "") == text
     cells = nbformat.read(path, as_version=4).cells
-    [again] = [cell.source for cell in cells if "RECORD = 'mine'" in cell.source]
+    [again] = [cell.source for cell in cells if "RUN = 'mine'" in cell.source]
     assert "an edit that" not in again
     replace_in(script, "## Plots", "## The plots")
     sync.bring_together(script, path)
     texts = [cell.source for cell in nbformat.read(path, as_version=4).cells]
-    assert sum("Another run is sh" in text for text in texts) == 1, "it stays"
+    assert sum("RUN = 'mine'" in text for text in texts) == 1, "it stays"

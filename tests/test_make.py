@@ -1,0 +1,415 @@
+"""The commands of make.py, as they are typed."""
+
+import ast
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from unittest import mock
+
+import filelock
+import nbformat
+import pytest
+from conftest import (
+    ROOT,
+    copy_project,
+    edited_notebook,
+    only_files,
+    replace_in,
+    run_script,
+)
+from test_report import shown, text_of
+
+import make
+from report import build, bundle
+from support import dataset, records
+from support.records import UserError
+
+
+def run_make(*arguments, folder=ROOT, **environment):
+    """Run make.py inside the environment that the tests run in."""
+    environment = {"VENV": sys.prefix, **environment}
+    script = folder / "make.py"
+    return run_script(script, *arguments, folder=folder, timeout=600, **environment)
+
+
+def test_make_alone_lists_every_command_the_needed_ones_first():
+    done = run_make()
+    assert done.returncode == 0
+    commands = re.findall(r"^  ([a-z]+)  +\w", done.stdout, re.MULTILINE)
+    assert commands[:4] == ["report", "test", "zip", "lab"]
+    assert re.search(r"^  report .*\(\d+ s\)$", done.stdout, re.MULTILINE), "its cost"
+    assert commands == [*make.FIRST, *make.OTHERS]
+
+
+def test_an_old_python_reads_far_enough_to_be_refused():
+    ast.parse((ROOT / "make.py").read_text("utf-8"), feature_version=(3, 6))
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A copy of the project without weights, as the working directory."""
+    folder = copy_project(tmp_path / "Übung 11 ä", "*.safetensors")
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.fixture
+def command(folder, monkeypatch):
+    """Commands of such a copy, as if typed inside its environment."""
+    monkeypatch.setattr(make, "ROOT", folder)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+    def run(*arguments):
+        variables = {**make.own_variables(), "VENV": sys.prefix}
+        with mock.patch.dict(os.environ, variables, clear=True):
+            return make.main(arguments)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["repot"], "'repot' is no command: did you mean report?"),
+        (["xyz"], "'xyz' is no command: there are report, test"),
+        (["report", "MATRICULATON=1"], "is no option: did you mean MATRICULATION?"),
+        (["train", "EPOCHS="], "EPOCHS= is empty"),
+        (["train", "CPU=yes"], "CPU=yes is not one of 1, 0"),
+        (["setup", "CPU=1", "CUDA=1"], "exclude each other"),
+        (["report", "EPOCHS=1"], "EPOCHS is no option of report, but of train"),
+        (["report", "KEEP=both"], "KEEP=both is not one of notebook, script"),
+        (["report", "SURNAME=$(touch x)", "MATRICULATION=1"], "for example touch-x"),
+        (["report", "RUN=nowhere"], "there is no finished run in nowhere"),
+    ],
+)
+def test_bad_commands_get_one_sentence(folder, command, arguments, said):
+    with pytest.raises(SystemExit) as caught:
+        command(*arguments)
+    assert str(caught.value).startswith("error: ")
+    assert said in str(caught.value)
+    assert not (folder / "x").exists()
+
+
+@pytest.mark.fault("identity")
+@pytest.mark.parametrize(("number", "is_noted"), [("123", True), ("1234567", False)])
+def test_a_number_that_is_not_lmu_s_is_accepted_with_a_word(
+    command, monkeypatch, capsys, number, is_noted
+):
+    monkeypatch.setattr(build, "report", lambda *_: print("reported"))
+    command("report", "SURNAME=Meier", f"MATRICULATION={number}")
+    said = capsys.readouterr().out
+    assert said.endswith("reported\n")
+    assert ("7 or 8 digits" in said) == is_noted
+
+
+@pytest.mark.parametrize("run", ["runs/demo/x", "build/demo/checkpoint.pt"])
+def test_clean_keeps_what_took_hours(tmp_path, monkeypatch, capsys, run):
+    monkeypatch.setattr(make, "ROOT", tmp_path)
+    kept = [f"build/{name}/x" for name in ("kept", "mine", "other", "runs", "trials")]
+    made = ("build/demo/run/history.json", "dist/x", ".hypothesis/x")
+    for name in (*kept, *made, run, f"{run}.other"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    make.clean()
+    assert {*kept, run, f"{run}.other"} <= set(only_files(tmp_path))
+    assert not {*made[1:]} & set(only_files(tmp_path))
+    assert (tmp_path / made[0]).exists() == ("holds a run" in capsys.readouterr().out)
+    assert (tmp_path / made[0]).exists() == (run == "build/demo/checkpoint.pt")
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_make_hands_values_on_as_they_were_typed(folder):
+    def refused(*arguments):
+        command = ["make", *arguments, f"VENV={sys.prefix}", f"PYTHON={sys.executable}"]
+        done = subprocess.run(
+            command, cwd=folder, capture_output=True, encoding="utf-8", check=False
+        )
+        assert done.returncode != 0
+        assert "Traceback" not in done.stderr
+        return done.stderr
+
+    said = refused("zip", "SURNAME=$(shell touch x)")
+    assert "the surname '$(shell touch x)' cannot be part" in said
+    assert not (folder / "x").exists()
+    assert "EPOCH is no option" in refused("train", "EPOCH=1")
+    for name in ("repot", "tests", "runs", "report.pdf", "make.py"):
+        assert f"'{name}' is no command" in refused(name)
+
+
+@pytest.mark.fault("setting up")
+@pytest.mark.parametrize(
+    ("stamp", "python", "asked", "index", "options"),
+    [
+        ("wanted auto", True, "", True, None),
+        ("wanted cpu", True, "", True, None),
+        ("wanted cpu", True, "CPU", True, None),
+        ("wanted", True, "", True, None),
+        ("wanted auto", True, "CPU", True, "--torch-backend=cpu --exact --reinst"),
+        ("wanted cpu", True, "CUDA", True, "--exact --reinstall"),
+        ("wanted auto", True, "CPU", False, ""),
+        ("wanted auto", False, "", True, "--torch-backend=auto"),
+        ("other auto", True, "", True, "--torch-backend=auto"),
+        ("other auto", True, "", False, ""),
+        ("", True, "CPU", True, "--torch-backend=cpu"),
+        ("", True, "CUDA", False, ""),
+    ],
+)
+def test_an_environment_is_made_when_it_is_not_what_is_asked_for(
+    tmp_path, monkeypatch, capsys, stamp, python, asked, index, options
+):
+    path = tmp_path / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    path.parent.mkdir()
+    if python:
+        path.touch()
+    else:  # as where the Python that it was made of is gone
+        (tmp_path / "pyvenv.cfg").touch()
+    wanted = make.hashlib.sha256((ROOT / "pyproject.toml").read_bytes()).hexdigest()
+    stamp = stamp.replace("wanted", wanted).replace(" ", "")
+    (tmp_path / "requirements.sha256").write_text(stamp, encoding="utf-8")
+    done = []
+    monkeypatch.setenv("VENV", str(tmp_path))
+    for name in ("CPU", "CUDA"):
+        monkeypatch.setenv(name, str(int(name == asked)))
+    monkeypatch.setattr(make, "answers", lambda _: index)
+
+    def set_up(_, words):
+        done.append(" ".join(words))
+        path.touch()
+
+    monkeypatch.setattr(make, "set_up", set_up)
+    assert make.ensure_environment() == path
+    assert make.ensure_environment() == path, "once"
+    if options is None:
+        assert done == []
+        return
+    venv, uv, packages = done
+    assert ("--clear" in venv) == (not python)
+    assert "pip --disable-pip-version-check install --quiet uv" in uv
+    assert f"uv pip install --python {path} --group test {options}" in packages + " "
+    assert packages.endswith(" test") == (options == "")
+    was_said = "does not answer" in capsys.readouterr().out
+    assert was_said == (not index and asked != "CUDA")
+
+
+@pytest.mark.fault("setting up")
+def test_a_step_of_the_setup_that_fails_is_named():
+    with pytest.raises(SystemExit, match="could not be made"):
+        make.set_up("torch", [sys.executable, "-c", "exit(1)"])
+
+
+@pytest.mark.fault("setting up")
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [("", True), ("exit(1)", False), ("import time; time.sleep(60)", False)],
+)
+def test_an_index_is_asked_and_given_up_soon(monkeypatch, code, expected):
+    monkeypatch.setattr(make, "ANSWER_SECONDS", 20 if expected else 1)
+    start = time.monotonic()
+    assert make.answers([sys.executable, "-c", code]) == expected
+    assert time.monotonic() - start < 20
+
+
+@pytest.mark.parametrize(
+    ("code", "expected", "said"),
+    [
+        ("exit(0)", 0, None),
+        ("exit(3)", 3, None),
+        ("import os; os.kill(os.getpid(), 9)", 137, "Killed"),
+        ("import os; os.kill(os.getpid(), 15)", 143, "Terminated"),
+        ("import os; os.kill(os.getpid(), 1)", 129, "Hangup"),
+    ],
+)
+def test_the_exit_code_of_a_program_is_passed_on(capsys, code, expected, said):
+    if said and os.name == "nt":
+        pytest.skip("Windows has no signals")
+    assert make.run([sys.executable, "-c", code]) == expected
+    heard = capsys.readouterr().err
+    assert (said or "") in heard
+    assert heard.count("\n") == (1 if said else 0)
+
+
+@pytest.mark.parametrize("fails", ["check", "--check", "pytest"])
+def test_linter_and_tests_all_run_and_each_fails_the_command(
+    command, monkeypatch, fails
+):
+    started = []
+
+    def run(words):
+        started.append(words[:3])
+        return int(fails in words[2:4] or fails in words[4:5])
+
+    monkeypatch.setattr(make, "run", run)
+    assert command("test") == 1
+    modules = ("ruff", "ruff", "pytest")
+    assert started == [[sys.executable, "-m", name] for name in modules]
+
+
+READERS = {**make.FIRST, **make.OTHERS}.keys() - {"setup", "clean"}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [[name] for name in sorted(READERS)]
+    + [[name, "RUN=runs/quick"] for name in ("report", "zip", "train", "verify")],
+    ids=" ".join,
+)
+def test_every_command_brings_an_edit_into_the_script_first(
+    folder, command, monkeypatch, arguments
+):
+    with edited_notebook() as notebook:
+        notebook.cells[0].source += "\n\nMine."
+    seen = []
+
+    def look(*_):
+        seen.append("# Mine.\n" in (folder / "attention.py").read_text("utf-8"))
+        return 0
+
+    monkeypatch.setattr(make, "run", look)
+    monkeypatch.setattr(make, "set_up", lambda *_: None)
+    monkeypatch.setattr(build, "report", look)
+    monkeypatch.setattr(build, "demo", look)
+    monkeypatch.setattr(bundle, "make_zip", look)
+    assert command(*arguments) == 0
+    assert seen
+    assert all(seen)
+
+
+def test_two_reports_at_once_are_refused_before_anything_is_done(
+    folder, command, monkeypatch
+):
+    monkeypatch.setattr(build, "report", lambda *_: pytest.fail("it began"))
+    (folder / "build").mkdir()
+    with filelock.FileLock(folder / "build" / ".lock"):
+        for name in make.MAKERS:
+            with pytest.raises(SystemExit, match="is at work here: wait"):
+                command(name)
+
+
+def test_lab_starts_as_a_module_or_says_why_it_cannot(command, monkeypatch):
+    started = []
+    monkeypatch.setattr(make, "run", lambda words: started.append(words) or 0)
+    command("lab")
+    assert started == [[sys.executable, "-m", "jupyterlab", "attention.ipynb"]]
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "utime", refuse)
+    with pytest.raises(SystemExit, match=r"^error: attention.py .*Permission denied"):
+        command("lab")
+
+
+def test_no_variable_leads_python_elsewhere(folder):
+    other = folder / "other"
+    other.mkdir()
+    for name in ("torch", "jupytext", "numpy"):
+        (other / f"{name}.py").write_text("raise SystemExit('not this one')")
+    settings = {"PYTHONOPTIMIZE": "2", "PYTHONSAFEPATH": "1", "PYTHONPATH": str(other)}
+    done = run_make("verify", "RUN=nowhere", folder=folder, **settings)
+    assert "there is no finished run in nowhere" in done.stdout
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_the_readme_shows_what_the_records_say():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    paths = sorted((ROOT / "runs").glob("*/history.json"))
+    assert ROOT / records.RECORD / records.HISTORY_NAME in paths
+    for path in paths:
+        history = records.read_history(path.parent)
+        recipe, evaluated = (history[key][-1] for key in ("val_accs", "val_accs_eval"))
+        row = f"| {100 * recipe:.2f} % | {100 * evaluated:.2f} % | "
+        row += f"{records.first_epoch_at(history['val_accs'], 0.7)} | "
+        row += f"{records.hours(history):.1f} h |"
+        assert row in readme
+    costs = json.loads((ROOT / "bench" / "commands.json").read_text(encoding="utf-8"))
+    cost = {entry["command"]: entry for entry in costs["commands"]}
+    setup, report, test = (cost[f"make {name}"] for name in ("setup", "report", "test"))
+    sentence = (
+        f"set-up takes {setup['seconds']} s and {setup['megabytes'] / 1000:.1f} GB of "
+        f"disk, `make report` {report['seconds']} s and `make test` "
+        f"{test['seconds'] / 60:.0f} min"
+    )
+    assert sentence in " ".join(readme.split())
+    speed = json.loads((ROOT / "bench" / "speed.json").read_text(encoding="utf-8"))
+    summary = speed["summary"]
+    for name in ("training step against the fastest peer", "memory of a training step"):
+        [value] = (summary[key] for key in summary if key.startswith(name))
+        assert f"{value:.2f} times" in readme, name
+    commands = set(re.findall(r"make ([a-z]+)(?:[` ]|$)", readme, re.MULTILINE))
+    assert commands - {"make"} <= {*make.FIRST, *make.OTHERS}
+    table = readme.partition("## What is")[2]
+    for row in re.findall(r"^\| (`.*?) \|.*\|$", table, re.MULTILINE):
+        first, *others = re.findall(r"`([\w./]+)`", row)
+        folder = (ROOT / first.rstrip("/")).parent  # bare names are beside the first
+        for path in (ROOT / first, *(folder / name for name in others)):
+            assert path.exists(), path
+
+
+def test_without_data_the_report_takes_recorded_outputs(
+    project, executed, monkeypatch, capsys
+):
+    (project / "data").mkdir()
+    Path("data", dataset.ARCHIVE_NAME).write_bytes(b"not the archive")
+    # No source: the network of a machine that reaches nothing
+    monkeypatch.setattr(dataset.fetch, "__defaults__", ((),))
+    stored = Path("vision_transformer.ipynb").read_bytes()
+    build.report(shown())
+    said = capsys.readouterr().out
+    assert f"MD5 {dataset.ARCHIVE_MD5}" in said
+    assert "vision_transformer.ipynb is taken with the outputs it has" in said
+    assert Path("vision_transformer.ipynb").read_bytes() == stored
+    assert set(executed) == {"attention.ipynb"}
+    assert "not at hand" in " ".join(text_of(shown().pdf, last=1)[0].split())
+    assert "is not executed" not in said
+
+    replace_in("vision_transformer.py", "p, rows = ", "q, p, rows = 0, ")
+    build.report(shown())
+    number = re.search(r"Its cell (\d+) is not executed", capsys.readouterr().out)[1]
+    with pytest.raises(UserError, match=f"cell {number}: .* with CIFAR-10 in data"):
+        bundle.make_zip(shown(), weights=False)
+
+
+@pytest.mark.fault("failing notebook cell")
+def test_a_failed_report_costs_no_outputs(project):
+    def cells():
+        book = nbformat.read("attention.ipynb", as_version=4)
+        return [(c.get("execution_count"), c.get("outputs")) for c in book.cells]
+
+    replace_in("attention.py", "/ math.sqrt(self.head_dim)", "/ 0.01")
+    before, pdf_before = cells(), shown().pdf.read_bytes()
+    with pytest.raises(UserError) as caught:
+        build.report(shown())
+    assert re.match(r"attention\.ipynb, cell \d+, line 2:\n", str(caught.value))
+    assert "run_unit_tests(test_single_head, test_multi_head)" in str(caught.value)
+    assert sum(a != b for a, b in zip(before, cells(), strict=True)) == 1
+    assert "math.sqrt" not in Path("attention.py").read_text(encoding="utf-8")
+    assert shown().pdf.read_bytes() == pdf_before
+
+
+@pytest.mark.fault("project in another folder")
+def test_the_demo_works_and_touches_nothing_tracked(project):
+    def files():
+        paths = [path for path in project.rglob("*") if path.is_file()]
+        return {path: path.read_bytes() for path in paths if path.suffix != ".pyc"}
+
+    before = files()
+    done = run_make("demo", folder=project, SURNAME="Meier", MATRICULATION="1234567")
+    assert done.returncode == 0, done.stderr
+    after = files()
+    assert {path: after[path] for path in before} == before
+    new = {path.relative_to(project).parts[0] for path in after.keys() - before.keys()}
+    assert new == {"build"}
+    folder = project / "build" / "demo"
+    first, *others = text_of(folder / "DEMO-Meier-1234567.pdf")
+    assert "DEMO DATA" in first
+    assert "Figure 6. " in "".join(others)
+    assert "Figure 7. " not in "".join(others), "no caption without its picture"
+    history = records.read_history(folder / "run")
+    assert history["val_accs"][-1] > 0.5, "it visibly learns"
+    outputs = (folder / "vision_transformer.ipynb").read_text(encoding="utf-8")
+    assert "Not shown (patches" not in outputs
