@@ -186,10 +186,10 @@ def test_random_numbers_of_a_gpu_are_saved_and_restored(workplace, monkeypatch):
 def test_an_epoch_with_nan_or_infinity_is_not_saved(workplace, loss, logit):
     model, run = small_model(), training.Run({"seed": 0}, FOLDER)
     optimizer = torch.optim.Adam(model.parameters())
-    with pytest.raises(UserError, match="in epoch 1: the run diverged"):
-        with run.started(model, optimizer, 2, 1):
-            run.note_step(torch.tensor(loss))
-            run.note_epoch(0.5, logit * LOGITS, LABELS)
+    refused = pytest.raises(UserError, match="in epoch 1: the run diverged")
+    with refused, run.started(model, optimizer, 2, 1):
+        run.note_step(torch.tensor(loss))
+        run.note_epoch(0.5, logit * LOGITS, LABELS)
     assert run.epochs_done == 0
 
 
