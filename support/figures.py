@@ -465,6 +465,9 @@ def predict_test_images(dataset, cache_dir, model, device):
     except RuntimeError:  # torchvision's word for missing or damaged files
         print(f"The test images are not classified: no CIFAR-10 in {cache_dir}.")
         return None
+    except OSError as error:  # files of another user
+        print(f"The test images are not classified: {error}.")
+        return None
     logits, labels = predict(model, DataLoader(val_set, batch_size=100), device)
     return Predictions(val_set.data, labels, logits, val_set.classes)
 

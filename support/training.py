@@ -187,8 +187,8 @@ def interruption_waits(model):
     hook = model.register_forward_pre_hook(check)
     try:
         yield
-    except (RuntimeError, OSError):
-        if noted:  # it ended the workers, where they are not forked, or the output
+    except RuntimeError:
+        if noted:  # it ended the workers, where they are not forked
             raise KeyboardInterrupt from None
         raise
     finally:

@@ -116,6 +116,8 @@ def test_a_run_that_diverges_says_so_and_saves_nothing(
     demo_data, workplace, monkeypatch, first
 ):
     monkeypatch.setattr(training, "LOOK_EVERY", first)
+    if first == 1:
+        monkeypatch.setattr(vision_transformer, "validate", None)  # not so far
     torch.manual_seed(0)
     loaders = vision_transformer.make_loaders("data", BATCH_SIZE)
     run = training.Run(settings(n_epochs=2))

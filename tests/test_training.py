@@ -182,6 +182,17 @@ def test_random_numbers_of_a_gpu_are_saved_and_restored(workplace, monkeypatch):
         assert torch.cuda.set_rng_state.mock_calls == restored
 
 
+@pytest.mark.parametrize(("loss", "logit"), [(float("inf"), 1.0), (2.0, float("nan"))])
+def test_an_epoch_with_nan_or_infinity_is_not_saved(workplace, loss, logit):
+    model, run = small_model(), training.Run({"seed": 0}, FOLDER)
+    optimizer = torch.optim.Adam(model.parameters())
+    refused = pytest.raises(UserError, match="in epoch 1: the run diverged")
+    with refused, run.started(model, optimizer, 2, 1):
+        run.note_step(torch.tensor(loss))
+        run.note_epoch(0.5, logit * LOGITS, LABELS)
+    assert run.epochs_done == 0
+
+
 def test_the_bar_says_when_an_epoch_is_validated(workplace, monkeypatch):
     shown = []
     bar = tqdm(total=4, file=io.StringIO(), mininterval=0)
