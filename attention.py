@@ -43,7 +43,7 @@ def choose_device():
 
 
 # %% tags=["active-ipynb", "appendix"]
-# %config InlineBackend.figure_formats = ["svg", "png"]
+# %config InlineBackend.figure_formats = ["svg"]
 # from support import figures
 #
 # device = choose_device()
@@ -122,11 +122,10 @@ class SelfAttention2d(nn.Module):
 # %% [markdown]
 # ## Unit tests
 #
-# The two tests below check what the course's own check: the weights of the layer are
-# copied into `nn.MultiheadAttention`, which must return the same tokens on the same
-# kind of input (4 x 256 x 24 x 24), within `rtol=1e-2` and `atol=1e-5`. The sheet says
-# that the course's may not be changed; to run them, put `attention.py` beside its
-# notebook and write `from attention import SelfAttention2d` in place of the class.
+# The two tests below repeat the course's own tests: the weights of the layer are copied
+# into `nn.MultiheadAttention`, which must return the same tokens on the same kind of
+# input (4 x 256 x 24 x 24), within `rtol=1e-2` and `atol=1e-5`. They are written to the
+# same facts, since the course's notebook is not part of this hand-in.
 
 
 # %%
@@ -160,7 +159,7 @@ def check_against_torch(layer, device):
         "1/sqrt(head_dim) there, and are the heads split and merged in order?"
     )
     if error == 0:
-        return "the same bits as nn.MultiheadAttention"
+        return "bit-identical to nn.MultiheadAttention"
     return f"at most {error:.1e} from nn.MultiheadAttention"
 
 
@@ -211,8 +210,8 @@ if __name__ == "__main__":
 #
 # Without the division the logits grow with the size of the heads, the softmax
 # approaches an argmax, and hardly any gradient passes through it. Figure 1 shows, for
-# random queries and keys, how far the logits scatter, and how far a row of attention
-# weights spreads. The spread is the entropy $-\sum_j w_j \ln w_j$: it is $\ln L$ when
+# random queries and keys, the standard deviation of the logits, and how far a row of
+# attention weights spreads. The spread is the entropy $-\sum_j w_j \ln w_j$: it is $\ln L$ when
 # all $L$ tokens have the same weight, and 0 when one token has all of it.
 
 # %% tags=["active-ipynb", "appendix"]
@@ -228,9 +227,10 @@ if __name__ == "__main__":
 # falls to nearly zero. -->
 
 # %% [markdown]
-# With the division, the logits scatter alike in heads of any size. Without it, large
-# heads attend to hardly more than one token before anything is learned. The variance of
-# a real layer depends on its initial weights, and a trained head can grow its logits.
+# With the division, the spread of the logits does not depend on the size of a head.
+# Without it, large heads attend to hardly more than one token before anything is
+# learned. The variance of a real layer depends on its initial weights, and a trained
+# head can grow its logits.
 
 # %% [markdown]
 # ### What the heads look at
@@ -254,9 +254,9 @@ if __name__ == "__main__":
 # the weight inside it. -->
 
 # %% [markdown]
-# Each token finds the other tokens of its region, wherever they are: attention compares
-# content and does not know distance. The heads differ because each compares the tokens
-# in another 32-dimensional projection.
+# Each token finds the other tokens of its region, wherever they are: without positional
+# embeddings, attention compares content and does not know distance. The heads differ
+# because each compares the tokens in another 32-dimensional projection.
 
 # %% [markdown]
 # ### What it costs
@@ -274,11 +274,11 @@ if __name__ == "__main__":
 # %% [markdown]
 # **Figure 3.** Cost of `SelfAttention2d` with its defaults ($D = 256$) on one grid of
 # $L$ tokens. Left: counted operations of the projections and of the products $QK^T$ and
-# (weights) $V$. Right: memory kept for the backward pass, and time of a forward pass on
-# one core of the machine that made this figure.
-# <!-- alt: Two log-log plots against the number of tokens. On the left, the line of the
-# products is steeper than that of the projections and crosses it at 512 tokens. On the
-# right, memory rises ever more steeply; measured times stand beside it. -->
+# (weights) $V$. Centre: memory kept for the backward pass. Right: time of a forward pass
+# on one core of the machine that made this figure.
+# <!-- alt: Three log-log plots against the number of tokens. On the left, the line of
+# the products is steeper than that of the projections and crosses it at 512 tokens. The
+# other two, memory and time, rise ever more steeply. -->
 
 # %% [markdown]
 # The counted operations cross at $L = 2D = 512$ tokens. Memory grows with $L^2$ too,

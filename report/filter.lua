@@ -66,6 +66,7 @@ local function Span(span)
     return pandoc.RawInline("typst", "#raw(lang: \"tex\", " .. typst_string(source) .. ")")
   end
   inner = inner:gsub("^%s*%$%s*", ""):gsub("%s*%$[^$]*$", "")
+  inner = inner:gsub('("[%a ]+") \\%(', "%1\\(")  -- no gap between operator and bracket
   return pandoc.RawInline("typst", string.format(
     "#math.equation(block: %s, alt: %s, $%s$)",
     tostring(kind == "DisplayMath"), typst_string(source:gsub("%s+", " ")), inner

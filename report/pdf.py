@@ -13,7 +13,7 @@ import typst
 from report.cells import Cells
 from report.notebooks import read_notebook
 from report.sync import provenance
-from report.tables import origin, points
+from report.tables import origin, points, result
 from support.records import UserError, write_whole
 
 HERE = Path(__file__).parent
@@ -198,5 +198,6 @@ def _facts(submission, notebooks):
         "date": [int(part) for part in latest.split("-")],
         "provenance": origin(submission, notebooks),
         "points": points(notebooks, submission.history),
+        "result": result(submission.history),
         "no_font": "",
     }

@@ -29,6 +29,8 @@ from vision_transformer import VAL_TRANSFORM, VisionTransformer, predict
 BLUE, ORANGE, SKY, YELLOW, GREY = "#0072B2", "#D55E00", "#56B4E9", "#E69F00", "0.45"
 WIDTH = 6.4  # inches, of the text in the report
 plt.rcParams["font.size"] = 9  # as the captions of the report
+plt.rcParams["figure.dpi"] = 300  # of heat maps and photographs, without smoothing
+plt.rcParams["image.interpolation"] = "nearest"
 plt.rcParams["svg.hashsalt"] = "figures"  # else the ids in an SVG are random
 
 
@@ -223,26 +225,26 @@ def plot_cost(sides):
             f"{kept / 2**20:6.1f} MiB kept, {1e3 * seconds:6.1f} ms"
         )
     tokens, projections, products, kept, seconds = zip(*rows, strict=True)
-    figure, axes = _panels(2.4)
+    figure, axes = _panels(2.2, columns=3)
     series = [
         (0, projections, 1e6, "o-", BLUE, "projections"),
         (0, products, 1e6, "s--", ORANGE, "products"),
-        (1, kept, 2**20, "o-", BLUE, "memory / MiB"),
-        (1, seconds, 1e-3, "s--", ORANGE, "time / ms"),
+        (1, kept, 2**20, "o-", BLUE, None),
+        (2, seconds, 1e-3, "o-", BLUE, None),
     ]
     for panel, values, unit, style, color, label in series:
         scaled = [value / unit for value in values]
         axes[panel].loglog(tokens, scaled, style, color=color, label=label)
     crossing = 2 * layer.embed_dim
     axes[0].axvline(crossing, color=GREY, linestyle=":", label="$L = 2D$")
-    axes[0].set(ylabel="operations / million")
-    axes[1].set(ylabel="memory / MiB, time / ms")
-    for ax in axes:
-        ax.set(xlabel="tokens $L$")
+    axes[0].legend()
+    for ax, what in zip(
+        axes, ("operations / million", "memory / MiB", "time / ms"), strict=True
+    ):
+        ax.set(xlabel="tokens $L$", ylabel=what)
         ax.set_xticks(tokens, [str(n) for n in tokens])
         ax.minorticks_off()
         ax.grid(alpha=0.3)
-        ax.legend()
     return figure
 
 
@@ -353,8 +355,12 @@ def plot_patches(dataset, cache_dir, patch_size):
     draw_tiles(right, patches, fill=1.0)
     right.set(xlabel="patch column", ylabel="patch row")
     ax = bottom.subplots()
-    draw_tiles(ax, patches[:2].reshape(1, -1, *patches.shape[2:]), fill=1.0)
-    ax.set(xlabel="token, the first two rows of patches", yticks=[])
+    middle = len(patches) // 2 - 1  # what the first rows show is sky
+    shown = patches[middle : middle + 2].reshape(1, -1, *patches.shape[2:])
+    draw_tiles(ax, shown, fill=1.0)
+    first = middle * patches.shape[1]
+    ax.set_xticks(ax.get_xticks(), range(first, first + shown.shape[1]))
+    ax.set(xlabel="token", yticks=[])
     return figure
 
 
@@ -382,34 +388,31 @@ def plot_training(history):
     left.plot(losses, color=SKY, linewidth=0.5, label="one step", rasterized=True)
     ends = window * np.arange(1, n_epochs + 1)
     mean = np.reshape(losses, (n_epochs, window)).mean(axis=1)
-    left.plot(ends, mean, ".-", color=BLUE, label="mean of an epoch")
+    middles = ends - window / 2
+    left.plot(middles, mean, ".-", color=BLUE, label="mean of an epoch")
     left.plot(ends, history["val_losses_eval"], ".--", color=YELLOW, label="validation")
     left.set(xlabel="training step", ylabel="cross-entropy / nats", ylim=(0, None))
 
-    epochs = range(1, n_epochs + 1)
-    zoomed = right.inset_axes((0.42, 0.13, 0.54, 0.4))
-    last = max(1, n_epochs // 3)
+    epochs, accuracies = range(1, n_epochs + 1), history["val_accs"]
     for key, label, style, color in (
         ("val_accs_eval", "model.eval()", "s--", YELLOW),
         ("val_accs", "recipe", "o-", BLUE),
     ):
         percent = [100 * accuracy for accuracy in history[key]]
-        right.plot(epochs, percent, style, color=color, markersize=2, label=label)
-        zoomed.plot(epochs[-last:], percent[-last:], style, color=color, markersize=3)
+        right.plot(epochs, percent, style, color=color, markersize=2.5, label=label)
+    lowest = 45 if min(accuracies) > 0.45 else 0
     for mark in (25, 50, 70):
-        right.axhline(mark, color=GREY, linewidth=0.8, linestyle=":")
-        first = first_epoch_at(history["val_accs"], mark / 100)
-        if first:
-            accuracy = 100 * history["val_accs"][first - 1]
+        first = first_epoch_at(accuracies, mark / 100)
+        if mark > lowest:
+            right.axhline(mark, color=GREY, linewidth=0.8, linestyle=":")
+        if mark > lowest and first:
+            accuracy = 100 * accuracies[first - 1]
             right.plot(first, accuracy, "o", color=ORANGE, fillstyle="none")
-    right.set(xlabel="epoch", ylabel="validation accuracy / %", ylim=(0, 100))
-    right.set_yticks([0, 25, 50, 70, 100])
-    for ax in (right, zoomed):
-        ax.xaxis.get_major_locator().set_params(integer=True)
-    for ax in (left, right, zoomed):
+    right.set(xlabel="epoch", ylabel="validation accuracy / %", ylim=(lowest, None))
+    right.xaxis.get_major_locator().set_params(integer=True)
+    for ax in (left, right):
         ax.grid(alpha=0.3)
-    left.legend()
-    right.legend(ncols=2, loc="upper center")
+        ax.legend()
     return figure
 
 
@@ -554,7 +557,7 @@ def plot_calibration(predictions):
 
 @needs_results
 def plot_predictions(predictions):
-    """Draw surely right, unsure and surely wrong predictions with their confidence."""
+    """Draw confident, unsure and confidently wrong predictions."""
     pixels, labels, logits, classes = predictions
     # In double precision, since many round to 100 % in single
     confidence, predicted = logits.double().softmax(dim=-1).max(dim=-1)
@@ -562,9 +565,9 @@ def plot_predictions(predictions):
     order = confidence.argsort(descending=True)
     columns = 6
     rows = {
-        "right, most sure": order[right[order]][:columns],
-        "least sure": order.flip(0)[:columns],
-        "wrong, most sure": order[~right[order]][:columns],
+        "most confident": order[right[order]][:columns],
+        "least confident": order.flip(0)[:columns],
+        "confident, wrong": order[~right[order]][:columns],
     }
     figure, axes = _panels(3.5, 3, columns)
     figure.get_layout_engine().set(hspace=0.06)  # a row's labels apart from the next's
@@ -583,6 +586,20 @@ def plot_predictions(predictions):
     return figure
 
 
+@needs_results
+def show_confident(predictions, least=(0.5, 0.9, 0.99, 0.999)):
+    """Show how many of the predictions of at least some confidence are correct."""
+    confidence, predicted = predictions.logits.double().softmax(dim=-1).max(dim=-1)
+    correct = (predicted == predictions.labels).double()
+    rows = [
+        [f"{mark:g}", *(f"{100 * part.mean():.1f}" for part in (chosen.double(), hits))]
+        for mark in least
+        for chosen in [confidence >= mark]
+        for hits in [correct[chosen]]
+    ]
+    return _table(["confidence", "images / %", "correct / %"], rows)
+
+
 # --- Task 2: trials ---------------------------------------------------
 
 
@@ -592,8 +609,8 @@ def _table(header, rows):
     return Markdown("\n".join(f"| {' | '.join(map(str, line))} |" for line in lines))
 
 
-def _mean(rows, name):
-    return f"{statistics.mean(float(row[name]) for row in rows):.2f}"
+def _mean(rows, name, digits=2):
+    return f"{statistics.mean(float(row[name]) for row in rows):.{digits}f}"
 
 
 def show_trials(path=TRIALS_TABLE, chosen="zero branches, MLP dropout"):
@@ -605,7 +622,11 @@ def show_trials(path=TRIALS_TABLE, chosen="zero branches, MLP dropout"):
         names = dict.fromkeys(r["name"] for r in records if r["group"] == group)
         for name in names:
             same = [r for r in records if (r["group"], r["name"]) == (group, name)]
-            values = (_mean(same, key) for key in ("recipe", "eval", "loss"))
+            values = [
+                _mean(same, "recipe"),
+                _mean(same, "eval"),
+                _mean(same, "loss", 3),
+            ]
             shown = f"**{name}**" if name == chosen else name
             rows.append([shown, same[0]["epochs"], len(same), *values])
     header = ["model", "epochs", "seeds", "recipe / %", "`eval()` / %", "loss / nats"]
@@ -710,21 +731,27 @@ def attention_distance(weights, patch_size):
 @needs_results
 def plot_attention_distance(model, predictions):
     """Plot the attention distance of every head of all blocks but the last."""
-    weights = attention_weights(model, normalised(predictions.pixels[:256]))[:-1]
-    distances = attention_distance(weights, model.patch_size)
-    even = attention_distance(torch.ones_like(weights[:1, :1, :1]), model.patch_size)
-    layers = range(1, len(distances) + 1)
-    figure, ax = _panels(1.9, 1, 1)
-    for head, values in enumerate(distances.T):
-        label = "one head" if head == 0 else None
-        ax.plot(layers, values, "o", color=BLUE, alpha=0.6, label=label)
+    images = normalised(predictions.pixels[:256])
+    torch.manual_seed(0)
+    untrained = VisionTransformer().to(model.head.weight.device)
+    figure, ax = _panels(2.1, 1, 1)
+    for shown, color, label in (
+        (untrained, GREY, "one head before training"),
+        (model, BLUE, "one head"),
+    ):
+        weights = attention_weights(shown, images)[:-1]
+        distances = attention_distance(weights, model.patch_size)
+        layers = np.arange(1, len(distances) + 1) + 0.08 * (shown is model)
+        for head, values in enumerate(distances.T):
+            name = label if head == 0 else None
+            ax.plot(layers, values, "o", color=color, alpha=0.6, label=name)
     ax.plot(layers, distances.mean(dim=1), "-", color=ORANGE, label="mean of the heads")
+    even = attention_distance(torch.ones_like(weights[:1, :1, :1]), model.patch_size)
     ax.axhline(even.item(), linestyle=":", color=GREY, label="even attention")
-    ax.set(xlabel="encoder block", ylabel="attention distance / pixels")
-    ax.set(xticks=layers)
-    ax.margins(y=0.1)
+    ax.set(xlabel="encoder block", ylabel="distance / pixels", ylim=(0, None))
+    ax.set(xticks=range(1, len(distances) + 1))
     ax.grid(alpha=0.3)
-    ax.legend(ncols=3, loc="lower left", bbox_to_anchor=(0, 1))  # above: hides no head
+    ax.legend(ncols=2, loc="lower left")
     return figure
 
 

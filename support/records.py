@@ -346,6 +346,22 @@ def summary(history, folder):
     return "\n".join(lines)
 
 
+def table_of_epochs(history):
+    """Return losses and accuracies of the epochs that tell most, as text."""
+    by_recipe = history["val_accs"]
+    total, steps = len(by_recipe), len(history["train_losses"]) // len(by_recipe)
+    shown = {1, 2, 5, 10, *range(10, total + 1, 10), total}
+    shown |= {first_epoch_at(by_recipe, mark) for mark in (0.25, 0.5, 0.7)}
+    lines = ["epoch   training loss   accuracy by the recipe   with eval()"]
+    for epoch in sorted(shown & {*range(1, total + 1)}):
+        loss = statistics.mean(
+            history["train_losses"][(epoch - 1) * steps : epoch * steps]
+        )
+        accuracies = by_recipe[epoch - 1], history["val_accs_eval"][epoch - 1]
+        lines.append("{:5}{:16.3f}{:25.4f}{:14.4f}".format(epoch, loss, *accuracies))
+    return "\n".join(lines)
+
+
 def processor_name():
     """Return what the processor calls itself."""
     cpuinfo = Path("/proc/cpuinfo")  # Linux, where platform.processor() is empty

@@ -28,6 +28,7 @@ FACTS = {
     "points": [
         dict.fromkeys(("what", "code", "proof", "evidence"), "") | {"points": 20}
     ],
+    "result": "",
     "no_font": "",
 }
 WIDTH, HEIGHT = 595, 842  # of the page, in points

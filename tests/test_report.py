@@ -1,5 +1,7 @@
 """The PDF, the ZIP, and the commands that make them."""
 
+import contextlib
+import copy
 import dataclasses
 import functools
 import inspect
@@ -14,10 +16,11 @@ import nbformat
 import pypdf
 import pytest
 from conftest import ROOT, STUDENT, edited_notebook, replace_in
+from PIL import Image
 
 import attention
 import vision_transformer
-from report import bundle, notebooks, pdf, tables
+from report import build, bundle, notebooks, pdf, tables
 from report.build import Submission
 from report.student import check_student
 from support import records
@@ -263,7 +266,8 @@ def test_the_same_content_is_the_same_zip(project, monkeypatch):
         ("script changed", "cell 2: `make report` has not executed it"),
         ("outputs cleared", "cell 2: `make report` has not executed it"),
         ("error output", "cell 2: `make report` has not executed it"),
-        ("record not shown", "does not show the run in runs/exercise"),
+        ("record not shown", "shows runs/exercise (00000000), and not runs/exercise"),
+        ("another run shown", "shows runs/exercise"),
         ("no weights", "leave it out with WEIGHTS=0"),
     ],
 )
@@ -282,8 +286,11 @@ def test_what_has_to_be_executed_or_trained_is_refused(project, spoil, said):
     elif spoil == "script changed":
         replace_in("attention.py", "import math", "import math  # pi")
     elif spoil == "record not shown":
-        with edited_notebook("vision_transformer.ipynb") as book:
-            book.metadata["provenance"]["record"] = "0"
+        text = Path("vision_transformer.ipynb").read_text(encoding="utf-8")
+        text = re.sub(r"\(record \w+\)", "(record 00000000)", text)
+        Path("vision_transformer.ipynb").write_text(text, encoding="utf-8")
+    elif spoil == "another run shown":
+        submission = shown(run=Path("runs", "quick"))
     elif spoil == "no weights":
         (submission.run / records.WEIGHTS_NAME).unlink()
     made = shown().pdf.read_bytes()
@@ -295,3 +302,66 @@ def test_what_has_to_be_executed_or_trained_is_refused(project, spoil, said):
     assert "zip is still that of before" in str(caught.value)
     assert before.read_bytes() == b"of yesterday"
     assert shown().pdf.read_bytes() == made
+
+
+def test_pictures_beside_the_notebook_are_in_the_zip(project, monkeypatch):
+    monkeypatch.setattr(bundle, "_test_as_grader", lambda *_: None)
+    name = "my plots/Bild ä.png"
+    Path(name).parent.mkdir()
+    Image.new("RGB", (40, 20)).save(name)
+    with edited_notebook() as book:
+        text = "![mine](my%20plots/Bild%20%C3%A4.png)"
+        book.cells.append(nbformat.v4.new_markdown_cell(text))
+    with zipfile.ZipFile(bundle.make_zip(shown(), weights=False)) as file:
+        assert file.read(name) == Path(name).read_bytes()
+
+
+@pytest.mark.parametrize("run", ["/runs/exercise", "../runs/exercise", "runs/../.."])
+def test_a_run_outside_of_the_project_is_refused(project, run):
+    with pytest.raises(UserError, match="relative paths"):
+        Submission.of(STUDENT, run)
+
+
+def test_a_run_of_the_project_may_be_named_by_its_whole_path(project):
+    other = Submission.of(STUDENT, str(Path("runs", "quick").resolve()))
+    assert (other.run, other.folder) == (Path("runs/quick"), Path("build/runs/quick"))
+    assert Submission.of(STUDENT, "runs/exercise").folder == Path()
+
+
+def test_the_notebook_says_which_run_is_shown(project):
+    replace_in("vision_transformer.py", 'RUN = "runs/exercise"', 'RUN = "runs/quick"')
+    other = shown()
+    assert (other.run, other.folder) == (Path("runs/quick"), Path())
+    with pytest.raises(UserError, match="shows runs/exercise .* not runs/quick"):
+        other.check()
+    replace_in("vision_transformer.py", 'RUN = "runs/quick"', "")
+    with pytest.raises(UserError, match='the tag "parameters" and gives RUN'):
+        shown()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        ("no plot", r"attention.ipynb, cell 3 draws nothing any more"),
+        ("caption", r"attention.ipynb, cell 4 is a caption, but cell 3"),
+        ("told", None),
+    ],
+)
+def test_plots_that_are_gone_after_execution_are_refused(workplace, spoil, said):
+    path = Path("attention.ipynb")
+    plot = nbformat.v4.new_output("display_data", {"image/svg+xml": "<svg/>"})
+    stored = nbformat.v4.new_notebook()
+    stored.cells = [nbformat.v4.new_markdown_cell(text) for text in ("# One", "two")]
+    stored.cells += [nbformat.v4.new_code_cell("plot()", outputs=[plot])]
+    stored.cells += [nbformat.v4.new_markdown_cell("**Figure 1.** Mine.")]
+    nbformat.write(stored, path)
+    build._check_pictures(stored, path)
+    now = copy.deepcopy(stored)
+    now.cells[2].outputs = []
+    if spoil == "caption":
+        now.cells[2].source = "plot(1)"
+    elif spoil == "told":
+        text = "Not shown (mine): there are no data."
+        now.cells[2].outputs = [nbformat.v4.new_output("stream", text=text)]
+    with pytest.raises(UserError, match=said) if said else contextlib.nullcontext():
+        build._check_pictures(now, path)
