@@ -54,9 +54,8 @@ OPTIONS = {
     "CUDA": (None, "CUDA=1 takes the package index's own, on Linux with CUDA"),
     "VENV": (None, "folder of the environment, instead of .venv"),
 }
-SWITCH = ("1", "0")
-CHOICES = {"KEEP": ("notebook", "script"), "WEIGHTS": SWITCH}
-CHOICES.update(CPU=SWITCH, CUDA=SWITCH)
+CHOICES = dict.fromkeys(("WEIGHTS", "CPU", "CUDA"), ("1", "0"))
+CHOICES["KEEP"] = ("notebook", "script")
 ANSWER_SECONDS = 60  # for a package index to answer
 
 
@@ -107,11 +106,11 @@ def ensure_environment():
     set_up("uv, which installs the rest", [*pip, "--quiet", "uv>=0.8,<1"])
     options = [] if build == "cuda" else [f"--torch-backend={build}"]
     if made and build != "auto":  # and what only the other build needs goes
-        options += ["--exact", "--reinstall-package=torch"]
-        options += ["--reinstall-package=torchvision"]
+        both = ("torch", "torchvision")
+        options += ["--exact", *(f"--reinstall-package={name}" for name in both)]
     install = install_command(python, "test")
     if build != "cuda" and not answers([*install, *options, "--dry-run"]):
-        print("  PyTorch's own index does not answer: on Linux, 5 GB more are fetched.")
+        print("  PyTorch's index does not answer: on Linux, CUDA comes along (5 GB).")
         options = []
     set_up("all packages", [*install, *options])
     stamp.write_text(wanted + build, encoding="utf-8")
@@ -139,9 +138,9 @@ def answers(command):
     return False
 
 
-def set_up(title, command):
+def set_up(what, command):
     """Run one step of the set-up, which shows its progress by itself."""
-    print(f"  {title} ...", flush=True)
+    print(f"  {what} ...", flush=True)
     if call(command):
         fail(
             f"The environment could not be made ({' '.join(command[1:4])} ... failed, "

@@ -1,5 +1,6 @@
 """Who hands in, and the file names that follow from it."""
 
+import difflib
 import os
 import unicodedata
 from dataclasses import dataclass
@@ -49,11 +50,22 @@ def read_student(path=STUDENT_FILE, environment=os.environ):
         stored = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         stored = {}
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{Path(path).name} is not in UTF-8 (byte {error.start + 1}): save it as "
+            "UTF-8, with your editor's 'Save as' or 'encoding'"
+        ) from error
     except (OSError, ValueError) as error:
         raise UserError(
             f"{Path(path).name} cannot be read ({error}): each value needs quotes, as "
             'in surname = "Meier"'
         ) from error
+    for key in stored.keys() - set(KEYS):
+        meant = difflib.get_close_matches(key.lower(), KEYS, 1, 0.75) or KEYS
+        raise UserError(
+            f"{Path(path).name} gives {key[:40]!r}, which is not known: write "
+            f"{' or '.join(meant)}"
+        )
     values = []
     for variable, key, default in zip(VARIABLES, KEYS, PLACEHOLDERS, strict=True):
         value = environment.get(variable, stored.get(key, default))

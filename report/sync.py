@@ -65,6 +65,12 @@ def tags_of(cell):
     return sorted(tags - {NOTEBOOK_ONLY} if cell.cell_type != "code" else tags)
 
 
+def _set_tags(cell, tags):
+    cell.metadata.pop("tags", None)
+    if tags:
+        cell.metadata["tags"] = sorted(tags)
+
+
 def digest(value):
     """Return a short checksum of plain values."""
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
@@ -254,8 +260,7 @@ def _script_with_cells(ours, theirs, script, notebook):
     for number, cell in cells:
         known = origin[number].metadata if number in origin else {}
         cell.metadata.update({**known, **cell.metadata})
-        if "tags" in cell.metadata:
-            cell.metadata["tags"] = tags_of(cell)
+        _set_tags(cell, tags_of(cell))
         if cell.cell_type != "code":
             continue
         given = {"": True} if number in origin else _given(cell.source)
@@ -299,9 +304,9 @@ def _tag(rest, code, script, notebook):
         tags = set(tags_of(cell))
         if given[number] & read:
             read |= _reads(cell.source)
-            cell.metadata["tags"] = sorted(tags - {NOTEBOOK_ONLY})
+            _set_tags(cell, tags - {NOTEBOOK_ONLY})
         elif NOTEBOOK_ONLY not in tags:
-            cell.metadata["tags"] = sorted(tags | {NOTEBOOK_ONLY})
+            _set_tags(cell, tags | {NOTEBOOK_ONLY})
             first = text_of(cell).splitlines()[0][:40]
             said.append(f"cell {number} ({first})")
     if said:

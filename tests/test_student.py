@@ -92,3 +92,28 @@ def test_a_broken_file_is_named(tmp_path, text):
     path.write_text(text, encoding="utf-8")
     with pytest.raises(UserError, match="surname"):
         read_student(path, {})
+
+
+@pytest.mark.parametrize(
+    ("line", "meant"),
+    [
+        ('Surname = "Meier"', "write surname"),
+        ('given-name = "Anna"', "write given_name"),
+        ("matriculation = 1234567", "write matriculation_number"),
+        ('Vorname = "Anna"', "surname or given_name"),
+        ("[x]", "write surname or given_name or matriculation_number"),
+    ],
+)
+def test_an_unknown_key_is_named_with_the_one_that_is_meant(tmp_path, line, meant):
+    path = tmp_path / "student.toml"
+    path.write_text(f'surname = "Surname"\n{line}\n', encoding="utf-8")
+    with pytest.raises(UserError, match=meant):
+        read_student(path, {})
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
+def test_a_file_in_another_encoding_is_told_so(tmp_path, encoding):
+    path = tmp_path / "student.toml"
+    path.write_text('surname = "Müller"\n', encoding=encoding)
+    with pytest.raises(UserError, match="save it as UTF-8"):
+        read_student(path, {})
