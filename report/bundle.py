@@ -15,6 +15,7 @@ from report.sync import SCRIPTS, bring_together, first_not_executed
 from support.records import (
     FORMER,
     HISTORY_NAME,
+    TRIALS_TABLE,
     WEIGHTS_NAME,
     UserError,
     checksum,
@@ -120,12 +121,13 @@ def _members(submission, weights, pictures):
         *(submission.run / name for name in record),
         *pictures,
     ]
+    extra = (FORMER, TRIALS_TABLE)  # which the notebook shows, where they are there
     project = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))
     needed = [entry.split(",")[0] for entry in project["dependency-groups"]["run"]]
     readme = README.format(stem=submission.student.stem)
     return {
         **{path.as_posix(): path.read_bytes() for path in files},
-        **{path.as_posix(): path.read_bytes() for path in [FORMER] if path.is_file()},
+        **{path.as_posix(): path.read_bytes() for path in extra if path.is_file()},
         **{p.name: p.read_bytes() for p in [*submission.notebooks, submission.pdf]},
         "README.txt": readme.encode(),
         "requirements.txt": "".join(f"{name}\n" for name in needed).encode(),

@@ -55,7 +55,7 @@ def cells_of(paths, notebooks, folder):
     """Return the ``Cells`` of notebooks, whose captions are counted through."""
     counts = {}
     return [
-        Cells(notebook, path.stem, folder, ROOT, counts)
+        Cells(notebook, path.stem, folder, ".", counts)
         for path, notebook in zip(paths, notebooks, strict=True)
     ]
 

@@ -63,7 +63,7 @@ class Page:
     def signs(self):
         """Return the box of every sign: (left, bottom, right, top), a list a page."""
         found = []
-        for page in list(pypdfium2.PdfDocument(self.content))[1:]:
+        for page in list(pypdfium2.PdfDocument(self.content))[1:-1]:  # no appendix
             text = page.get_textpage()
             signs = range(text.count_chars())
             found.append(

@@ -27,6 +27,7 @@ CAPTION_SIZE = int(re.search(r"set text\(size: (\d+)pt", CAPTION)[1])
 # Labels of what has no unit; any other has to name one, as in "time / ms"
 WITHOUT_UNIT = {
     "attention weight",
+    "token",
     "cosine similarity",
     "encoder block",
     "epoch",
