@@ -18,6 +18,7 @@ from report.sync import (
     bring_together,
     cell_checksums,
     code_checksums,
+    contents,
     first_not_executed,
 )
 from support.dataset import fetch
@@ -158,7 +159,19 @@ def store_notebooks(submission, keep=None):
             )
         _check_pictures(notebook, path)
     for path, notebook in executed.items():
-        notebooks.store(notebook, path)
+        if not _looks_the_same(notebook, path):
+            notebooks.store(notebook, path)
+
+
+def _looks_the_same(notebook, path):
+    """Return whether a stored notebook differs only in when it was executed."""
+
+    def seen(book):
+        facts = {**book.metadata.get("provenance", {}), "executed": ""}
+        outputs = [(c.get("execution_count"), c.get("outputs")) for c in book.cells]
+        return facts, contents(book), outputs
+
+    return path.is_file() and seen(notebooks.read_notebook(path)) == seen(notebook)
 
 
 def report(submission, keep=None):
