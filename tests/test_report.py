@@ -12,6 +12,7 @@ import sys
 import zipfile
 from pathlib import Path
 
+import jupytext
 import nbformat
 import pypdf
 import pytest
@@ -264,6 +265,7 @@ def test_the_same_content_is_the_same_zip(project, monkeypatch):
         ("demo run", "is a demo run"),
         ("no notebook", "attention.ipynb is missing"),
         ("script changed", "cell 2: `make report` has not executed it"),
+        ("cell deleted", "`make report` has not executed it"),
         ("outputs cleared", "cell 2: `make report` has not executed it"),
         ("error output", "cell 2: `make report` has not executed it"),
         ("record not shown", "shows runs/exercise (00000000), and not runs/exercise"),
@@ -279,7 +281,14 @@ def test_what_has_to_be_executed_or_trained_is_refused(project, spoil, said):
             code.execution_count = None
         elif spoil == "error output":
             code.outputs = [nbformat.v4.new_output("error", ename="E", evalue="")]
-    if spoil == "demo run":
+        elif spoil == "cell deleted":  # in both: nobody has edited one of them
+            last = max(n for n, c in enumerate(book.cells) if c.cell_type == "code")
+            source = book.cells.pop(last).source
+    if spoil == "cell deleted":
+        script = jupytext.read("attention.py")
+        script.cells = [cell for cell in script.cells if cell.source != source]
+        jupytext.write(script, "attention.py", fmt="py:percent")
+    elif spoil == "demo run":
         submission = shown(history={**submission.history, "dataset": "DemoCIFAR10"})
     elif spoil == "no notebook":
         Path("attention.ipynb").unlink()
@@ -365,3 +374,22 @@ def test_plots_that_are_gone_after_execution_are_refused(workplace, spoil, said)
         now.cells[2].outputs = [nbformat.v4.new_output("stream", text=text)]
     with pytest.raises(UserError, match=said) if said else contextlib.nullcontext():
         build._check_pictures(now, path)
+
+
+def test_a_script_that_fails_in_the_unpacked_zip_is_refused(project):
+    replace_in("train.py", "import argparse", "import argparse  # edited")
+    members = bundle._members(shown(), False, [])
+    members["attention.py"] = b"import nowhere"
+    with pytest.raises(UserError, match=r"attention.py failed in the unpacked ZIP"):
+        bundle._test_as_grader(bundle.pack(members), project / "unpacked")
+
+
+def test_the_pdf_has_the_date_of_the_newest_notebook(project):
+    for name, day in (
+        ("attention", "2031-01-02"),
+        ("vision_transformer", "2030-01-02"),
+    ):
+        with edited_notebook(f"{name}.ipynb") as book:
+            book.metadata["provenance"]["executed"] = f"{day} 10:00 UTC"
+    pdf.make_pdf(shown())
+    assert pypdf.PdfReader(shown().pdf).metadata["/CreationDate"][2:10] == "20310102"

@@ -1,8 +1,11 @@
 """The short runs that choices and ablations rest on."""
 
+import csv
+import io
 import json
 import math
 import sys
+import time
 from dataclasses import asdict
 
 import pytest
@@ -13,6 +16,7 @@ from small_run import alive
 from support import records
 
 sys.path.insert(0, str(ROOT / "bench"))
+import speed
 import trials
 
 
@@ -98,3 +102,22 @@ def test_variants_are_built_as_their_names_say():
     assert active["zero branches, block dropout"] == [0.2] * 18
     assert active["zero branches, paper dropout"] == [0.2] * 19
     assert active["no dropout"] == []
+
+
+def test_a_candidate_that_takes_longer_has_a_ratio_above_one():
+    wait = {"ours": 0.002, "slow": 0.008}
+    functions = {name: lambda s=s: time.sleep(s) for name, s in wait.items()}
+    measured = speed.measure(functions, 3, torch.device("cpu"))
+    assert measured["ours"]["times_ours"] == 1
+    assert 2 < measured["slow"]["times_ours"] < 8
+
+
+def test_the_table_says_what_the_records_say():
+    assert trials.table() == (ROOT / records.TRIALS_TABLE).read_text(encoding="utf-8")
+    rows = list(csv.DictReader(io.StringIO(trials.table())))
+    final = next(r for r in rows if (r["group"], r["name"]) == ("final", MODEL))
+    path = trials.FOLDER / "final-zero-branches-MLP-dropout.json"
+    record = json.loads(path.read_text(encoding="utf-8"))
+    assert float(final["recipe"]) == pytest.approx(
+        20 * sum(record["held_out_accs"][-5:]), abs=0.006
+    )
