@@ -8,6 +8,7 @@ import datetime
 import os
 import platform
 import re
+import sys
 import tempfile
 import warnings
 from pathlib import Path
@@ -15,7 +16,6 @@ from pathlib import Path
 import jupytext
 import nbformat
 import torch
-from ipykernel.kernelspec import get_kernel_dict
 from jupyter_client import AsyncKernelManager
 from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
 from nbclient import NotebookClient
@@ -128,7 +128,8 @@ class OwnKernel(KernelSpecManager):
 
     def get_kernel_spec(self, kernel_name):
         # Isolated: no variable decides what it imports, nor a file of a library's name
-        return KernelSpec(**get_kernel_dict(python_arguments=["-I", "-X", "utf8"]))
+        command = [sys.executable, "-I", "-X", "utf8", "-m", "ipykernel_launcher"]
+        return KernelSpec(argv=[*command, "-f", "{connection_file}"], language="python")
 
 
 def _environment(settings):

@@ -133,11 +133,16 @@ CHECKS = {
 }
 
 
+VERSION = tuple(map(int, torch.__version__.split(".")[:2]))
+
+
 @pytest.mark.parametrize("mode", ["train", "eval"])
 @pytest.mark.parametrize("name", MODULES)
 @pytest.mark.parametrize("check", CHECKS)
 @pytest.mark.filterwarnings("ignore")
 def test_does_what_any_module_does(check, name, mode):
+    if VERSION < (2, 4) and check in ("half", "vmap", "export"):
+        pytest.skip("not for all of torch's own before 2.4")
     torch.manual_seed(0)
     make, shape = MODULES[name]
     model = make().train(mode == "train")
