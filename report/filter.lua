@@ -1,8 +1,20 @@
 -- From the HTML of the cells to Typst: which links are citations, what stays with what
 -- follows it, and that a screen reader needs words for formulas and pictures.
 
-local function typst_string(text)
+local function inline(form, ...)
+  return pandoc.RawInline("typst", form:format(...))
+end
+
+local function block(form, ...)
+  return pandoc.RawBlock("typst", form:format(...))
+end
+
+local function string_of(text)
   return '"' .. text:gsub("\\", "\\\\"):gsub('"', '\\"') .. '"'
+end
+
+local function typst(blocks)
+  return (pandoc.write(pandoc.Pandoc(blocks), "typst"):gsub("%s+$", ""))
 end
 
 -- pandoc drops "data-" from some names only
@@ -10,12 +22,13 @@ local function attribute(element, name)
   return element.attributes[name] or element.attributes["data-" .. name]
 end
 
-local function typst(blocks)
-  return pandoc.write(pandoc.Pandoc(blocks), "typst")
+local function label(name)
+  local function code(sign) return ("_%02x"):format(sign:byte()) end
+  return "<" .. name:gsub("[^%w%-]", code) .. ">"
 end
 
 -- The key of each entry in references.bib, by its address
-local keys = {}
+local keys, targets = {}, {}  -- and what a link inside the report may lead to
 local here = pandoc.path.directory(PANDOC_SCRIPT_FILE)
 for line in io.lines(pandoc.path.join({ here, "references.bib" })) do
   key = line:match("^@%w+{(%w+),") or key
@@ -23,101 +36,86 @@ for line in io.lines(pandoc.path.join({ here, "references.bib" })) do
   if address then keys[address] = key end
 end
 
--- What a link inside the report may lead to
-local targets = {}
 local function Pandoc(doc)
-  doc:walk({
-    Header = function(header) targets[header.identifier] = true end,
-    Figure = function(figure) targets[figure.identifier] = true end,
-  })
-end
-
-local function label(name)
-  return "<" .. name:gsub("[^%w%-]", function(c) return string.format("_%02x", c:byte()) end) .. ">"
+  local function note(element) targets[element.identifier] = true end
+  doc:walk({ Header = note, Figure = note })
 end
 
 local function Link(link)
-  local key = keys[link.target]
+  local key, name = keys[link.target], link.target:match("^#(.*)")
   if key then
-    local form = '#cite(<%s>, form: "author"), #cite(<%s>, form: "year")'
-    return pandoc.RawInline("typst", form:format(key, key))
+    return inline('#cite(<%s>, form: "author"), #cite(<%s>, form: "year")', key, key)
+  elseif name and targets[name] then
+    return inline("#link(%s)[%s]", label(name), typst({ pandoc.Plain(link.content) }))
+  elseif not link.target:match("^%a[%w+.-]+:.") then
+    return link.content
   end
-  local name = link.target:match("^#(.*)")
-  if name and targets[name] then
-    local text = typst({ pandoc.Plain(link.content) }):gsub("%s+$", "")
-    return pandoc.RawInline("typst", ("#link(%s)[%s]"):format(label(name), text))
-  end
-  if not link.target:match("^%a[%w+.-]+:.") then return link.content end
 end
 
 local function Span(span)
   if span.classes:includes("note") then
-    local words = typst_string(pandoc.utils.stringify(span.content))
-    local form = '#text(style: "italic", fill: luma(90), %s)'
-    return pandoc.RawInline("typst", form:format(words))
+    local words = string_of(pandoc.utils.stringify(span.content))
+    return inline('#text(style: "italic", fill: luma(90), %s)', words)
   elseif not span.classes:includes("math") then
     return span.content
   end
-  local kind = span.classes:includes("display") and "DisplayMath" or "InlineMath"
+  local is_display = span.classes:includes("display")
+  local kind = is_display and "DisplayMath" or "InlineMath"
   local source = attribute(span, "source")
   local math = pandoc.Math(kind, attribute(span, "tex"))
   local inner = typst({ pandoc.Plain({ math }) })
   if not inner:match("^%s*%$") then  -- pandoc cannot convert it
-    return pandoc.RawInline("typst", "#raw(lang: \"tex\", " .. typst_string(source) .. ")")
+    return inline('#raw(lang: "tex", %s)', string_of(source))
   end
   inner = inner:gsub("^%s*%$%s*", ""):gsub("%s*%$[^$]*$", "")
   inner = inner:gsub('("[%a ]+") \\%(', "%1\\(")  -- no gap between operator and bracket
-  return pandoc.RawInline("typst", string.format(
-    "#math.equation(block: %s, alt: %s, $%s$)",
-    tostring(kind == "DisplayMath"), typst_string(source:gsub("%s+", " ")), inner
-  ))
+  local alt = string_of(source:gsub("%s+", " "))
+  return inline("#math.equation(block: %s, alt: %s, $%s$)", is_display, alt, inner)
 end
 
 local function Image(image)
-  return pandoc.RawInline("typst", ("#box(image(%s, alt: %s, width: %s))"):format(
-    typst_string(image.src), typst_string(pandoc.utils.stringify(image.caption)),
-    attribute(image, "width") or "auto"
-  ))
+  local alt = string_of(pandoc.utils.stringify(image.caption))
+  local width = attribute(image, "width") or "auto"
+  local form = "#box(image(%s, alt: %s, width: %s))"
+  return inline(form, string_of(image.src), alt, width)
 end
 
 -- Runs after the inlines, so formulas and citations of the caption are done
 local function Figure(figure)
-  local content = typst(figure.content):gsub("%s+$", ""):gsub("^#box", "#")
+  local content = typst(figure.content):gsub("^#box", "#")
     :gsub("^#figure%((.*),%s*kind: table%s*%)$", "#{%1}")
-  return pandoc.RawBlock("typst", string.format(
-    "#figure(caption: [%s])[%s] %s", typst(figure.caption.long), content, label(figure.identifier)
-  ))
+  local caption, name = typst(figure.caption.long), label(figure.identifier)
+  return block("#figure(caption: [%s])[%s] %s", caption, content, name)
 end
 
 local function CodeBlock(code)
   local kind = code.classes[1]
-  if kind == "mark" then return pandoc.RawBlock("typst", "// cell " .. code.text) end
-  local lang = kind == "source" and "python" or kind or "text"
-  local form = "#raw(block: true, lang: %s, %s)"
-  return pandoc.RawBlock("typst", form:format(typst_string(lang), typst_string(code.text)))
+  if kind == "mark" then return block("// cell %s", code.text) end
+  local lang = string_of(kind == "source" and "python" or kind or "text")
+  return block("#raw(block: true, lang: %s, %s)", lang, string_of(code.text))
 end
 
 local function Header(header)
-  local text = typst({ pandoc.Plain(header.content) }):gsub("%s+$", "")
-  local form = "#heading(level: %d)[%s] %s"
-  return pandoc.RawBlock("typst", form:format(header.level, text, label(header.identifier)))
+  local text, name = typst({ pandoc.Plain(header.content) }), label(header.identifier)
+  return block("#heading(level: %d)[%s] %s", header.level, text, name)
 end
 
 -- A sentence stays with the equation, code or output that it announces
 local function Blocks(blocks)
+  local function is(element, kind, class)
+    return element and element.t == kind and element.classes:includes(class)
+  end
   local found = pandoc.Blocks({})
-  for i, block in ipairs(blocks) do
+  for i, part in ipairs(blocks) do
     local following = blocks[i + 1]
-    if following and following.t == "CodeBlock" and following.classes[1] == "mark" then
-      following = blocks[i + 2]
-    end
+    if is(following, "CodeBlock", "mark") then following = blocks[i + 2] end
     local first = following and following.t == "Para" and following.content[1]
-    local is_equation = first and first.t == "Span" and first.classes:includes("display")
-    local announces = pandoc.utils.stringify(block):match(":$")
-    local leads = block.t == "Para" and following and (is_equation or announces)
-    if leads then found:insert(pandoc.RawBlock("typst", "#block(sticky: true)[")) end
-    found:insert(block)
-    if leads then found:insert(pandoc.RawBlock("typst", "]")) end
+    local announces = pandoc.utils.stringify(part):match(":$")
+    local leads = is(first, "Span", "display") or announces
+    leads = part.t == "Para" and following and leads
+    if leads then found:insert(block("#block(sticky: true)[")) end
+    found:insert(part)
+    if leads then found:insert(block("]")) end
   end
   return found
 end
@@ -135,21 +133,19 @@ local function Table(table)
   local form = "#[#show table: set text(size: %s * 9.5pt)\n"
     .. "#set table(inset: (x: 0.5em, y: 0.35em))\n%s"
   local page = turned and "#rotate(-90deg, reflow: true)[#block(width: 24.5cm)[" or ""
-  return {
-    pandoc.RawBlock("typst", form:format(size, page)),
-    table,
-    pandoc.RawBlock("typst", turned and "]]]" or "]"),
-  }
+  return { block(form, size, page), table, block(turned and "]]]" or "]") }
 end
 
 local function HorizontalRule()
-  return pandoc.RawBlock("typst", "#line(length: 100%, stroke: 0.5pt + luma(150))")
+  return block("#line(length: 100%%, stroke: 0.5pt + luma(150))")
 end
 
 return {
   { Pandoc = Pandoc },
   { Blocks = Blocks },
   { Link = Link, Span = Span, Image = Image, Table = Table },
-  { Figure = Figure, CodeBlock = CodeBlock, Header = Header, Div = Div,
-    HorizontalRule = HorizontalRule },
+  {
+    Figure = Figure, CodeBlock = CodeBlock, Header = Header, Div = Div,
+    HorizontalRule = HorizontalRule,
+  },
 }

@@ -40,10 +40,12 @@ def make_pdf(submission):
     """
     notebooks = [read_notebook(path) for path in submission.notebooks]
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        tasks = cells_of(submission.notebooks, notebooks, folder)
-        report = Report(folder, tasks, _facts(submission, notebooks))
-        report.append(tasks)
+        folder, counts = Path(temporary), {}
+        tasks = [
+            Cells(notebook, path.stem, folder, ".", counts)  # counted through
+            for path, notebook in zip(submission.notebooks, notebooks, strict=True)
+        ]
+        report = Report(folder, tasks, _facts(submission, notebooks), LISTINGS)
         content = report.compile()
     write_whole(submission.pdf, content)
     for note in report.notes:
@@ -51,19 +53,10 @@ def make_pdf(submission):
     return [path for task in tasks for path in task.files]
 
 
-def cells_of(paths, notebooks, folder):
-    """Return the ``Cells`` of notebooks, whose captions are counted through."""
-    counts = {}
-    return [
-        Cells(notebook, path.stem, folder, ".", counts)
-        for path, notebook in zip(paths, notebooks, strict=True)
-    ]
-
-
 class Report:
     """The files that Typst reads, in a folder of their own: one for each cell."""
 
-    def __init__(self, folder, tasks, facts):
+    def __init__(self, folder, tasks, facts, listings=()):
         self.folder, self.facts, self.notes = folder, facts, []
         for name in ("template.typ", "references.bib"):
             shutil.copy(HERE / name, folder)
@@ -74,20 +67,13 @@ class Report:
             for tex in TEX.findall(text):
                 self.notes.append(f"{_place(stem)}: the formula {json.loads(tex)!r}")
         self.notes += [note for task in tasks for note in task.notes]
-        self._write("body", "".join(f'#include "{stem}.typ"\n' for stem in self.cells))
-
-        self._write("code", "")
-
-    def append(self, tasks):
-        """Add the appendices."""
         code = [
-            (f"{task.name}.ipynb: the cells left out above", "\n\n".join(task.left_out))
-            for task in tasks
+            (f"{t.name}.ipynb: the cells left out above", t.left_out) for t in tasks
         ]
-        code += [(name, (ROOT / name).read_text(encoding="utf-8")) for name in LISTINGS]
-        self._write(
-            "code", "\n".join(f"== {_string(n)}\n{_raw(text)}" for n, text in code)
-        )
+        code += [(name, [(ROOT / name).read_text("utf-8")]) for name in listings]
+        parts = [f'#heading(level: 2, "{n}")\n{_raw(text)}\n' for n, text in code]
+        self._write("code", "".join(parts))
+        self._write("body", "".join(f'#include "{stem}.typ"\n' for stem in self.cells))
 
     def _write(self, stem, text):
         Path(self.folder, f"{stem}.typ").write_text(text, encoding="utf-8")
@@ -120,7 +106,10 @@ class Report:
                     no_fonts = False
                 elif signs - set(self.facts["no_font"]):
                     self.facts["no_font"] += "".join(sorted(signs))
-                    self._note_signs(signs)
+                    for stem, text in self.cells.items():
+                        found = " ".join(sorted(signs & set(text)))
+                        if found:
+                            self.notes.append(f"{_place(stem)}: no font has {found}")
                 elif standards and "PDF/UA-1" in error.message:
                     standards = []
                     self.notes.append(f"the PDF is not accessible: {error.message}")
@@ -128,12 +117,6 @@ class Report:
                     self._give_up(place[1], error.message)
                 else:
                     raise UserError(f"the report cannot be typeset: {error}") from error
-
-    def _note_signs(self, signs):
-        for stem, text in self.cells.items():
-            found = sorted(signs & set(text))
-            if found:
-                self.notes.append(f"{_place(stem)}: no font has {' '.join(found)}")
 
     def _give_up(self, stem, reason):
         """Show the formulas of a cell that cannot be typeset as TeX, or all of it."""
@@ -146,7 +129,7 @@ class Report:
                 self.notes.append(f"{_place(stem)}: the formula {json.loads(alt)!r}")
         if text == self.cells[stem]:
             self.notes.append(f"{_place(stem)}: shown as its source ({reason})")
-            text = _raw(self.sources[stem], "text")
+            text = _raw([self.sources[stem]], "text")
             self.cells[stem] = ""  # nothing more can be done
         else:
             self.cells[stem] = text
@@ -163,12 +146,9 @@ def _place(stem):
     return re.sub(r"(.*)-(\d+)$", r"\1.ipynb, cell \2", stem)
 
 
-def _string(text):
-    return "#" + json.dumps(text, ensure_ascii=False)
-
-
-def _raw(text, lang="python"):
-    return f'#raw(block: true, lang: "{lang}", {_string(text.strip())[1:]})'
+def _raw(parts, lang="python"):
+    text = json.dumps("\n\n".join(map(str.strip, parts)), ensure_ascii=False)
+    return f'#raw(block: true, lang: "{lang}", {text})'
 
 
 def to_typst(text):
