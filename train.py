@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 import vision_transformer as vt
 from attention import choose_device
-from support import dataset, records
+from support import analysis, dataset, records
 
 PASSES = 3  # with dropout active, to verify
 
@@ -103,10 +103,7 @@ def verify_recipe(history, cache_dir, model, device):
 
 def main(arguments=None):
     """Do what the command line asks for; return the exit code."""
-    from support import (
-        figures,  # not above: every process that loads images imports this file
-        training,
-    )
+    from support import training  # not above: all who load images import this file
 
     given = parse_arguments(arguments)
     device = choose_device()
@@ -125,10 +122,10 @@ def main(arguments=None):
         else:
             model, history = vt.train_run(settings, given.cache_dir, device, given.run)
         print(records.summary(history, folder))
-        predictions = figures.predict_test_images(
+        predictions = analysis.predict_test_images(
             vt.CIFAR10, given.cache_dir, model, device
         )
-        agrees = bool(predictions) and figures.verify(history, predictions)
+        agrees = bool(predictions) and analysis.verify(history, predictions)
         if given.verify and agrees:
             agrees = verify_recipe(history, given.cache_dir, model, device)
         return 0 if agrees else 1

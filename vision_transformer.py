@@ -65,7 +65,7 @@ from attention import SelfAttention2d, run_unit_tests
 
 # %% tags=["active-ipynb", "appendix"]
 # %config InlineBackend.figure_formats = ["svg"]
-# from support import figures, records
+# from support import analysis, figures, records
 # from attention import choose_device
 #
 # device = choose_device()
@@ -277,7 +277,7 @@ class VisionTransformer(nn.Module):
 # in `all` only:
 
 # %% tags=["active-ipynb", "appendix"]
-# figures.print_costs(VisionTransformer())
+# analysis.print_costs(VisionTransformer())
 
 # %% [markdown]
 # ## Unit tests
@@ -634,8 +634,8 @@ def train_run(settings, cache_dir, device, folder=None, dataset=CIFAR10):
 # `eval()`. The next section is computed from these predictions.
 
 # %% tags=["active-ipynb", "appendix"]
-# predictions = figures.predict_test_images(CIFAR10, DATASET_CACHE_DIR, model, device)
-# assert predictions is None or figures.verify(history, predictions)
+# predictions = analysis.predict_test_images(CIFAR10, DATASET_CACHE_DIR, model, device)
+# assert predictions is None or analysis.verify(history, predictions)
 
 # %% [markdown]
 # ### Its predictions

@@ -34,8 +34,8 @@ sys.path.insert(0, str(ROOT))
 
 import vision_transformer as ours  # noqa: E402
 from attention import choose_device  # noqa: E402
+from support.analysis import calibration  # noqa: E402
 from support.dataset import fetch  # noqa: E402
-from support.figures import calibration  # noqa: E402
 from support.records import (  # noqa: E402
     PRESETS,
     QUICK_RECORD,

@@ -20,7 +20,10 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent
 # Complete, in the appendix
 LISTINGS = (
-    *(f"support/{name}.py" for name in ("figures", "records", "training", "dataset")),
+    *(
+        f"support/{name}.py"
+        for name in ("analysis", "figures", "records", "training", "dataset")
+    ),
     "train.py",
 )
 NO_FONT = re.compile(r'text `"(.*?)"` could not be displayed')

@@ -23,7 +23,7 @@ SCRIPTS = (Path("attention.py"), Path("vision_transformer.py"))
 # Which the notebooks import
 LIBRARIES = tuple(
     Path("support", f"{name}.py")
-    for name in ("dataset", "figures", "records", "training")
+    for name in ("analysis", "dataset", "figures", "records", "training")
 )
 KEPT = Path("build", "kept")  # copies of what had to give way
 PICTURES = "pictures"  # beside the script: what was pasted into a notebook

@@ -16,7 +16,7 @@ import matplotlib.pyplot as plt
 from matplotlib.text import Text
 
 from attention import SelfAttention2d
-from support import demo_data, figures
+from support import analysis, demo_data, figures
 from support.records import FORMER, PRESETS
 from vision_transformer import VisionTransformer
 
@@ -63,7 +63,7 @@ def drawn():
     pixels = torch.randint(0, 256, (60, 32, 32, 3)).byte().numpy()
     labels, logits = torch.arange(60) % 10, torch.randn(60, 10)
     classes = [f"class {n}" for n in range(10)]
-    predictions = figures.Predictions(pixels, labels, logits, classes)
+    predictions = analysis.Predictions(pixels, labels, logits, classes)
     model = small_model(layers=2).eval()
     return {
         figures.plot_scaling: ([4, 16],),
@@ -177,7 +177,7 @@ def test_the_stages_have_the_shapes_of_the_model():
         )
     model(torch.zeros(1, 3, 32, 32))
     patches, tokens, before, after, final, logits = shapes
-    stages = " ".join(shape for _, shape in figures.architecture(model))
+    stages = " ".join(shape for _, shape in analysis.architecture(model))
     said = re.findall(r"\(B, ([\d, ]+)\)", stages)
     measured = [patches, tokens, before, after, final, logits]
     measured = [", ".join(map(str, shape[1:])) for shape in measured]
@@ -185,7 +185,7 @@ def test_the_stages_have_the_shapes_of_the_model():
 
 
 def test_costs_are_those_of_the_formulas(capsys):
-    figures.print_costs(VisionTransformer())
+    analysis.print_costs(VisionTransformer())
     rows = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
     printed = {part: (count.replace(",", ""), ops) for part, count, ops, _ in rows}
     tokens, size, mlp = 65, 256, 512
@@ -207,7 +207,7 @@ def test_costs_are_those_of_the_formulas(capsys):
 
 
 def test_confusion_counts_true_classes_by_row():
-    assert figures.confusion(LOGITS, LABELS).tolist() == [
+    assert analysis.confusion(LOGITS, LABELS).tolist() == [
         [1, 0, 0, 1],
         [1, 1, 0, 0],
         [0, 0, 1, 0],
@@ -220,7 +220,7 @@ def test_calibration_of_known_confidences():
     other = (1 - confidence).log()
     logits = torch.stack([confidence.log(), other], dim=1)
     labels = torch.tensor([0, 0, 1, 1, 0, 0])
-    mean, accuracy, share, error = figures.calibration(logits, labels)
+    mean, accuracy, share, error = analysis.calibration(logits, labels)
     assert mean[7] == pytest.approx(0.75)
     assert accuracy[7] == pytest.approx(0.5)
     assert accuracy[9] == 1
@@ -232,7 +232,7 @@ def test_calibration_of_known_confidences():
 def test_collected_weights_are_those_of_the_model():
     model = alive(small_model(layers=3)).eval()
     images = torch.randn(2, 3, 32, 32)
-    weights = figures.attention_weights(model, images)
+    weights = analysis.attention_weights(model, images)
     assert weights.shape == (3, 2, 4, 65, 65)
     torch.testing.assert_close(weights.sum(-1), torch.ones(3, 2, 4, 65))
     x = model.patchify(images)
@@ -247,11 +247,11 @@ def test_collected_weights_are_those_of_the_model():
 
 def test_attention_distance_of_known_weights():
     eye = torch.eye(5).expand(2, 3, 1, 5, 5)
-    assert figures.attention_distance(eye, 4).tolist() == [[0.0], [0.0]]
+    assert analysis.attention_distance(eye, 4).tolist() == [[0.0], [0.0]]
     right = torch.zeros(1, 1, 1, 5, 5)
     right[..., 1:, 1:] = torch.eye(4)[[1, 0, 3, 2]]  # the neighbour in the row
-    assert figures.attention_distance(right, 4).item() == pytest.approx(4)
-    even = figures.attention_distance(torch.ones(1, 1, 1, 5, 5), 4)
+    assert analysis.attention_distance(right, 4).item() == pytest.approx(4)
+    even = analysis.attention_distance(torch.ones(1, 1, 1, 5, 5), 4)
     assert even.item() == pytest.approx((0 + 4 + 4 + 32**0.5) / 4)
 
 
@@ -264,15 +264,15 @@ def test_rollout_is_the_product_of_the_layers_from_the_last_to_the_first():
         for layer in (2, 1, 0):
             row = 0.5 * row + 0.5 * row @ weights[layer, b].mean(dim=0)
         rows.append(row[1:])
-    torch.testing.assert_close(figures.rollout(weights), torch.stack(rows))
+    torch.testing.assert_close(analysis.rollout(weights), torch.stack(rows))
     nothing = torch.eye(5).expand(3, 2, 4, 5, 5)
-    assert figures.rollout(nothing).abs().max() == 0
+    assert analysis.rollout(nothing).abs().max() == 0
 
 
 def test_memory_kept_grows_with_the_square_of_the_tokens():
     layer = SelfAttention2d()
     small, large = (
-        figures.saved_for_backward(layer, torch.randn(1, 256, side, side))
+        analysis.saved_for_backward(layer, torch.randn(1, 256, side, side))
         for side in (16, 32)
     )
     weights = 8 * 1024**2 * 4  # h L^2 float32
@@ -283,19 +283,19 @@ def test_memory_kept_grows_with_the_square_of_the_tokens():
 def test_counted_operations_are_those_of_the_formulas():
     for heads in (1, 8):
         layer = SelfAttention2d(256, 256 // heads, 256 // heads, heads)
-        counted = figures.count_operations(layer, torch.randn(1, 256, 16, 32))
+        counted = analysis.count_operations(layer, torch.randn(1, 256, 16, 32))
         assert counted == (2 * 4 * 512 * 256**2, 2 * 2 * 512**2 * 256)
 
 
 def test_content_attention_stays_in_its_region():
-    regions, weights = figures.content_attention()
+    regions, weights = analysis.content_attention()
     same = regions.flatten()[:, None] == regions.flatten()[None]
     inside = (weights * same).sum(-1)[:, regions.flatten() == 1]
     assert inside.mean() > 0.9
 
 
 def test_scaled_logits_keep_their_deviation_and_the_softmax_its_breadth():
-    measured = figures.measure_scaling([4, 64, 1024])
+    measured = analysis.measure_scaling([4, 64, 1024])
     deviations, entropies = measured[True]
     assert all(abs(deviation - 1) < 0.1 for deviation in deviations)
     assert min(entropies) > 0.8 * math.log(64)
@@ -321,10 +321,10 @@ def test_verify_counts_right_answers(capsys):
     labels = torch.arange(10).repeat(10)
     logits = torch.eye(10)[labels]
     logits[:7] = -logits[:7]  # seven wrong answers of a hundred
-    predictions = figures.Predictions(None, labels, logits, None)
+    predictions = analysis.Predictions(None, labels, logits, None)
     for recorded, agrees in ((93, True), (98, True), (88, True), (99, False)):
         history = {"val_accs_eval": [0.0, recorded / 100]}
-        assert figures.verify(history, predictions) is agrees
+        assert analysis.verify(history, predictions) is agrees
     said = capsys.readouterr().out
     assert "93 of 100 test images right, 93.00 %" in said
     assert said.count("the record is NOT confirmed") == 1

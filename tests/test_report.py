@@ -212,7 +212,10 @@ def test_the_same_input_gives_the_same_bytes(project):
 EXPECTED = {
     *("attention.ipynb", "attention.py"),
     *("vision_transformer.ipynb", "vision_transformer.py"),
-    *(f"support/{n}.py" for n in ("figures", "records", "training", "dataset")),
+    *(
+        f"support/{n}.py"
+        for n in ("analysis", "figures", "records", "training", "dataset")
+    ),
     *("support/__init__.py", "train.py"),
     *("runs/exercise/history.json", "runs/exercise/vision_transformer.safetensors"),
     *("README.txt", "requirements.txt"),
