@@ -209,7 +209,7 @@ EXPECTED = {
     *("attention.ipynb", "attention.py"),
     *("vision_transformer.ipynb", "vision_transformer.py"),
     *(f"support/{n}.py" for n in ("figures", "records", "training", "dataset")),
-    *("support/__init__.py", "train.py"),
+    *("support/__init__.py", "support/demo_data.py", "recipe_check.py", "train.py"),
     *("runs/exercise/history.json", "runs/exercise/vision_transformer.safetensors"),
     *("README.txt", "requirements.txt"),
     "Müller-Lüdenscheidt-12345678.pdf",

@@ -1,0 +1,193 @@
+"""The course's notebooks, filled in with our classes; these ones are made up."""
+
+import json
+import re
+import textwrap
+from pathlib import Path
+
+import nbformat
+import pytest
+from conftest import ROOT
+
+from report import bundle, course, tables
+from support.records import UserError
+
+MODULES = """\
+# The building blocks
+%matplotlib inline
+files = !ls \\
+    {folder}
+import torch, einops; from torch import nn
+
+class ResidualModule(nn.Module):  # stays
+    def __init__(self, inner_module: nn.Module):
+        super().__init__()
+        self.inner_module = inner_module
+
+    def forward(self, x):
+        return x + self.inner_module(x)
+
+"""
+BLOCK = '''\
+@torch.no_grad
+class SelfAttentionTransformerBlock(nn.Module):
+    """In two
+lines."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x  # (2 P)
+'''
+PARTS = (
+    MODULES,
+    "class FeedForwardBlock(nn.Module):  # 1P\n    def forward(self, x):\n",
+    "        # to be written\n\n# Between ``classes``, 100 %\n",
+    BLOCK,
+    "\n\ndef helper():\n    class Other: pass\n\nif True:\n",
+    "    class VisionTransformer(nn.Module): pass  # 5P",
+    "\n    print('é', VisionTransformer)\n  # after the class\n",
+)
+TRAINING = """\
+assert VisionTransformer()(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+assert ResidualModule(nn.ReLU())(torch.ones(1)) == 2
+print(f"{N_EPOCHS} epochs", end="")
+"""
+GRID = """\
+import torch
+from torch import nn
+import torch.nn.functional as F
+
+"""
+GRID_CLASS = "class SelfAttention2d(nn.Module):\n    pass"
+UNIT_TEST = """
+
+with torch.no_grad():
+    layer = SelfAttention2d(8, 4, 4, 2)
+    assert layer(torch.randn(2, 8, 3, 5)).shape == (2, 8, 3, 5), "shape"
+print("single head passed")
+"""
+
+
+def store(path, *sources, minor=2, kernel="my-env", as_lines=False):
+    """Store a notebook as the course may; without ids below nbformat 4.5."""
+    cells = [{"cell_type": "markdown", "metadata": {}, "source": "# Task"}]
+    for source in sources:
+        source = source.splitlines(keepends=True) if as_lines else source
+        cell = {"cell_type": "code", "metadata": {}, "source": source}
+        cells.append({**cell, "outputs": [], "execution_count": 7})
+    metadata = {"kernelspec": {"name": kernel, "display_name": "x"}}
+    book = {"nbformat": 4, "nbformat_minor": minor, "metadata": metadata}
+    text = json.dumps({**book, "cells": cells}, indent=1)
+    Path(path).write_text(text, encoding="utf-8", newline="\r\n")
+
+
+def sources(path):
+    return [cell.source for cell in nbformat.read(path, as_version=4).cells]
+
+
+@pytest.fixture
+def folder(workplace):
+    for name in ("attention.py", "vision_transformer.py"):
+        Path(name).write_bytes((ROOT / name).read_bytes())
+    return workplace
+
+
+@pytest.mark.parametrize("line_end", ["\n", "\r\n"])
+@pytest.mark.parametrize("as_lines", [True, False])
+def test_nothing_but_the_classes_changes(folder, line_end, as_lines):
+    parts = [part.replace("\n", line_end) for part in PARTS]
+    store("v.ipynb", "%%bash\nls", "".join(parts), as_lines=as_lines)
+    book = nbformat.read("v.ipynb", as_version=4)
+    assert course.fill(book, "v.ipynb")[0] == (
+        "FeedForwardBlock, SelfAttentionTransformerBlock, VisionTransformer"
+    )
+    stays = "(.*)".join(re.escape(part) for part in parts[::2])
+    found = re.fullmatch(stays, book.cells[2].source, re.DOTALL)
+    first, second, third = (text.replace(line_end, "\n") for text in found.groups())
+    ours = (ROOT / "vision_transformer.py").read_text(encoding="utf-8")
+    assert second in ours
+    assert textwrap.dedent(third) in ours
+    assert first.startswith("import math\n\n\nclass SelfAttention2d(nn.Module):")
+    assert first.index("class SelfAttention(") < first.index("class FeedForwardBlock(")
+    assert book.cells[1].source == "%%bash\nls"
+
+
+def test_what_was_executed_is_shown_while_the_classes_stay(folder, capsys, monkeypatch):
+    source = "".join(PARTS).replace("print('é'", "assert 1; print('é'")
+    store("v.ipynb", "N_EPOCHS: int = 50  # 50", source, TRAINING, as_lines=True)
+    course.run_course("v.ipynb", epochs="3")
+    said = capsys.readouterr().out
+    assert "VisionTransformer and N_EPOCHS = 3 instead of 50:" in said
+    assert "3 epochs\ncell 4: passed\nAll cells passed" in said
+    copy = Path("build", "course", "v.ipynb")
+    first, parameter, _, training = sources(copy)
+    assert (first, parameter) == ("# Task", "N_EPOCHS: int = 3  # 50")
+    assert training == TRAINING
+    [(path, facts)] = course.executed()
+    assert path == copy
+    assert "VisionTransformer and N_EPOCHS = 3" in facts["changed"]
+
+    module = Path("vision_transformer.py")
+    text = module.read_text(encoding="utf-8")
+    module.write_text(text.replace("gain=3", "gain=2"), encoding="utf-8")
+    assert not course.executed(), "the classes are others now"
+    module.write_text(text.replace('"""Return ``x', '"""Give ``x'), encoding="utf-8")
+    assert course.executed(), "ResidualModule is the course's"
+    copy.write_text(copy.read_text("utf-8").replace("== 2", "== 9"), encoding="utf-8")
+    assert not course.executed(), "the copy was edited"
+
+
+def test_what_ran_is_on_page_1_and_in_the_zip(project):
+    store("a.ipynb", GRID + GRID_CLASS + UNIT_TEST)
+    course.run_course("a.ipynb")
+    from test_report import shown
+
+    submission = shown()
+    books = [nbformat.read(path, as_version=4) for path in submission.notebooks]
+    rows = dict(tables.origin(submission, books))
+    assert (
+        "but for SelfAttention2d: all its cells passed" in rows["the course's a.ipynb"]
+    )
+    members = bundle._members(submission, False, [])
+    assert members["course/a.ipynb"] == Path("build/course/a.ipynb").read_bytes()
+    store("a.ipynb", GRID + GRID_CLASS + UNIT_TEST + "assert False")
+    with pytest.raises(
+        UserError, match=r"a.ipynb, cell 2, line \d+:\n    assert False"
+    ):
+        course.run_course("a.ipynb")
+    assert sources("build/course/a.ipynb")[1].endswith("assert False"), "it stays"
+    assert not course.executed()
+
+
+@pytest.mark.parametrize(
+    ("source", "epochs", "said"),
+    [
+        ("class Other: pass", None, "a.ipynb is neither of the course's two notebooks"),
+        (
+            "class VisionTransformer: pass",
+            None,
+            "FeedForwardBlock, SelfAttentionTransf",
+        ),
+        ("class SelfAttention2d: pass\nx = (", None, "cell 2, line 2: "),
+        ("class SelfAttention2d: pass", "1", "EPOCHS=1: no cell of a.ipynb sets N_EP"),
+        (
+            "class SelfAttention2d: pass",
+            "two",
+            "EPOCHS=two is no positive whole number",
+        ),
+        (None, None, "NOTEBOOK=a.ipynb is no file"),
+        ("", None, "a.ipynb is no notebook"),
+    ],
+)
+def test_what_cannot_be_filled_in_is_refused(folder, source, epochs, said):
+    if source:
+        store("a.ipynb", source)
+    elif source == "":
+        Path("a.ipynb").write_text("{}", encoding="utf-8")
+    with pytest.raises(UserError, match=re.escape(said)):
+        course.run_course("a.ipynb", epochs)
+    assert not Path("build").exists()
+
+
+def test_our_own_notebook_is_not_taken_for_the_course_s(folder):
+    with pytest.raises(UserError, match=r"attention.ipynb was made here"):
+        course.run_course(str(ROOT / "attention.ipynb"))
