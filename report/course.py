@@ -35,14 +35,11 @@ EPOCHS = re.compile(r"^(N_EPOCHS *(?::.*)?= *)(\d+)", re.M)
 def run_course(path, epochs=None):
     """Fill in a notebook of the course, execute it and store it, also if it fails."""
     source = Path(path or "").expanduser()
-    if not source.is_file():
-        raise UserError(
-            f"NOTEBOOK={path or ''} is no file: give the path of a notebook"
-        )
     try:
         notebook = read_notebook(source)
     except UserError as error:
-        raise UserError(f"{source} is no notebook: fetch it again") from error
+        asked = "give the path of the course's notebook"
+        raise UserError(f"NOTEBOOK={path or ''} is no notebook: {asked}") from error
     if {"course", "provenance"} & notebook.metadata.keys():
         raise UserError(f"{source} was made here: give the course's, as it came")
     changed, classes = fill(notebook, source)
@@ -60,7 +57,7 @@ def run_course(path, epochs=None):
         execute(notebook, source.name, None, functools.partial(Watched, **strict))
         ran_with = {"classes": classes, "digest": _digest(notebook, classes)}
         notebook.metadata["course"] = {"changed": changed, **ran_with}
-    except UserError:
+    except UserError:  # not Ctrl-C, which leaves an earlier copy as it is
         store(notebook, target)
         raise
     store(notebook, target)
@@ -68,16 +65,14 @@ def run_course(path, epochs=None):
 
 
 class Watched(NotebookClient):
-    """Shows what cells print as it comes, and which of them passed."""
+    """Shows what cells print as it comes, and which passed of those with an assert."""
 
     def output(self, outs, msg, display_id, cell_index):
-        """Show a piece of output on its way into the notebook."""
         if msg["msg_type"] == "stream":
             print(msg["content"]["text"], end="", flush=True)
         return super().output(outs, msg, display_id, cell_index)
 
     def execute_cell(self, cell, index):
-        """Execute a cell, and say so if it asserts or prints."""
         super().execute_cell(cell, index)
         printed = "".join(output.get("text", "") for output in cell.get("outputs", []))
         if printed or (cell.cell_type == "code" and "assert" in cell.source):
@@ -101,44 +96,41 @@ def fill(notebook, path):
 
     Returns the names of those replaced, as text, and of those of ours in it.
     """
-    cells, replaced, imported = [], [], set()
+    ours, cells, replaced, imported = our_classes(), [], [], set()
     for number, cell in enumerate(notebook.cells, 1):
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
             cells.append((cell, _tree(cell.source, f"{path}, cell {number}")))
     found = {node.name for _, tree in cells for node in _classes(tree)}
     asked, front = next((task for task in TASKS if found & {*task[0]}), ((), ()))
-    if not asked:
-        raise UserError(f"{path} is neither of the course's two notebooks")
-    ours = our_classes()
     missing = ", ".join(sorted({*asked} - (found & ours.keys())))
-    if missing:
-        raise UserError(f"{missing}: not defined in {path}, or in our modules")
+    if missing or not asked:
+        wrong = f"lacks {missing}, or our modules do" if asked else "is neither of them"
+        raise UserError(f"{path} is not as the course's two notebooks are: it {wrong}")
     front = [name for name in front if name in ours]
     for cell, tree in cells:
-        lines, pieces, end = [*io.StringIO(cell.source, newline="")], [], 0
-        nodes = [node for node in _classes(tree) if node.name in {*asked, *front}]
-        for node in sorted(nodes, key=lambda node: node.lineno):
-            start = min(part.lineno for part in (*node.decorator_list, node)) - 1
-            if start < end:  # inside another one
+        lines = [*io.StringIO(cell.source, newline="")]
+        for node in _classes(tree):
+            first = min(part.lineno for part in (*node.decorator_list, node)) - 1
+            last = lines[node.end_lineno - 1]
+            # Not what is asked for, or inside a class that is replaced
+            if node.name not in {*asked, *front} or not last:
                 continue
             parts = [ours[node.name]]
             if not replaced:
                 imported |= _imported(tree, node.lineno)
                 lacking = [line for line in IMPORTS if line.split()[-1] not in imported]
-                before = ["\n".join(lacking)] * bool(lacking)
-                parts = [*before, *(ours[name] for name in front), *parts]
+                before = ["\n".join(lacking), *(ours[name] for name in front)]
+                parts = [*filter(None, before), *parts]
             replaced.append(node.name)
             text = textwrap.indent("\n\n\n".join(parts), " " * node.col_offset)
-            last = lines[node.end_lineno - 1]
             line_end = last[len(last.rstrip("\r\n")) :]
-            pieces += [
-                *lines[end:start],
-                text.replace("\n", line_end or "\n"),
-                line_end,
+            text = text.replace("\n", line_end or "\n") + line_end
+            lines[first : node.end_lineno] = [
+                text,
+                *[""] * (node.end_lineno - first - 1),
             ]
-            end = node.end_lineno
-        cell.source = "".join([*pieces, *lines[end:]])
+        cell.source = "".join(lines)
         imported |= _imported(tree)
     return ", ".join(dict.fromkeys(replaced)), [*front, *asked]
 
@@ -156,7 +148,8 @@ def _digest(notebook, names):
 
 
 def _classes(tree):
-    return [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+    nodes = [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+    return sorted(nodes, key=lambda node: node.lineno)
 
 
 def _imported(tree, before=float("inf")):
@@ -194,11 +187,11 @@ def _tree(source, where):
 
 def _set_epochs(notebook, path, epochs):
     """Set the parameter; return what it is now, and was."""
-    if not re.fullmatch(r"[1-9]\d{0,5}", epochs):
-        raise UserError(f"EPOCHS={epochs} is no positive whole number")
     for cell in notebook.cells:
-        then = EPOCHS.search(cell.source)
-        if cell.cell_type == "code" and then:
+        then = cell.cell_type == "code" and EPOCHS.search(cell.source)
+        if then and re.fullmatch(r"[1-9]\d{0,5}", epochs):
             cell.source = EPOCHS.sub(rf"\g<1>{epochs}", cell.source)
             return f"{epochs} instead of {then[2]}"
-    raise UserError(f"EPOCHS={epochs}: no cell of {path} sets N_EPOCHS")
+    raise UserError(
+        f"EPOCHS={epochs} is no positive number, or {path} sets no N_EPOCHS"
+    )
