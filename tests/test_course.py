@@ -98,9 +98,11 @@ def test_nothing_but_the_classes_changes(folder, line_end):
     )
     stays = "(.*)".join(re.escape(part) for part in parts[::2])
     found = re.fullmatch(stays, book.cells[2].source, re.DOTALL)
+    assert found[0].count("\n") == found[0].count(line_end)
     first, second, third = (text.replace(line_end, "\n") for text in found.groups())
     ours = (ROOT / "vision_transformer.py").read_text(encoding="utf-8")
     assert second in ours
+    assert third.startswith("    class VisionTransformer(")
     assert textwrap.dedent(third) in ours
     assert first.startswith("import math\n\n\nclass SelfAttention2d(nn.Module):")
     assert first.index("class SelfAttention(") < first.index("class FeedForwardBlock(")

@@ -11,8 +11,8 @@ from small_run import alive, counted, small_model
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
+import recipe_check
 import vision_transformer
-from recipe_check import plain_loop
 from support import dataset, records, training
 from support.records import UserError
 
@@ -38,7 +38,7 @@ def train(n_epochs, seed=0):
 def test_the_recipe_is_computed_bit_for_bit(demo_data, workplace):
     history, model, _ = train(n_epochs=2)
     expected = small_model()
-    losses, accuracies = plain_loop(expected, BATCH_SIZE, LR, n_epochs=2)
+    losses, accuracies = recipe_check.plain_loop(expected, BATCH_SIZE, LR, n_epochs=2)
     assert history["train_losses"] == losses
     assert history["val_accs"] == accuracies
     assert_same_weights(model, expected)
@@ -51,6 +51,17 @@ def test_the_recipe_is_computed_bit_for_bit(demo_data, workplace):
     assert history["val_losses_eval"][-1] == pytest.approx(
         cross_entropy(logits, labels).item(), rel=1e-5
     )
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_the_grader_s_check_sees_a_difference(demo_data, monkeypatch, capsys):
+    monkeypatch.setattr(
+        vision_transformer, "VisionTransformer", lambda layers: small_model()
+    )
+    assert recipe_check.main() == 0
+    monkeypatch.setattr(vision_transformer, "validate", lambda *_: 0.5)
+    assert recipe_check.main() == 1
+    assert capsys.readouterr().out.count("\n") == 2
 
 
 def test_predictions_are_without_dropout(demo_data):
