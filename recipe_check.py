@@ -4,10 +4,10 @@ A plain loop of the recipe and ``vision_transformer.train`` train the same model
 generated images. Losses, accuracies and weights must be equal, bit for bit.
 """
 
-import contextlib
 import io
 import sys
 import tempfile
+from contextlib import redirect_stdout
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -52,21 +52,17 @@ def plain_loop(model, batch_size, lr, n_epochs):
 
 def main():
     """Train twice from the same seed, and compare; return the exit code."""
-    settings = batch_size, lr, n_epochs = 32, 3e-4, 2
     torch.manual_seed(0)
     ours = vision_transformer.VisionTransformer(layers=2)
-    loaders = vision_transformer.make_loaders("data", batch_size, DemoCIFAR10)
-    with tempfile.TemporaryDirectory() as folder:
-        run = Run({"seed": 0}, folder)
-        with contextlib.redirect_stdout(io.StringIO()):  # which the run writes to
-            train = vision_transformer.train
-            history = train(ours, *loaders, lr, n_epochs, torch.device("cpu"), run)
+    loaders = vision_transformer.make_loaders("data", 32, DemoCIFAR10)
+    rest = 3e-4, 2, torch.device("cpu")
+    with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
+        history = vision_transformer.train(ours, *loaders, *rest, Run({}, folder))
     torch.manual_seed(0)
     plain = vision_transformer.VisionTransformer(layers=2)
-    same = (history["train_losses"], history["val_accs"]) == plain_loop(
-        plain, *settings
-    )
+    figures = plain_loop(plain, batch_size=32, lr=3e-4, n_epochs=2)
     weights = zip(ours.parameters(), plain.parameters(), strict=True)
+    same = (history["train_losses"], history["val_accs"]) == figures
     same = same and all(torch.equal(*pair) for pair in weights)
     said = "are the same bits" if same else "DIFFER"
     print(f"losses, accuracies, weights of `train` and of a plain loop: {said}")
