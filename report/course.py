@@ -51,11 +51,12 @@ def run_course(path, epochs=None):
     if any("CIFAR10" in cell.source for cell in notebook.cells):
         fetch(CIFAR10, "data")  # which is the course's './data'
     print(f"{source.name}, unchanged but for {changed}:", flush=True)
+    # Now, since the classes may be edited while it trains
+    ran_with = {"classes": classes, "digest": _digest(notebook, classes)}
     # Whatever tags they have, all cells are executed, and none may fail
     strict = {"force_raise_errors": True, "skip_cells_with_tag": ""}
     try:
         execute(notebook, source.name, None, functools.partial(Watched, **strict))
-        ran_with = {"classes": classes, "digest": _digest(notebook, classes)}
         notebook.metadata["course"] = {"changed": changed, **ran_with}
     except UserError:  # not Ctrl-C, which leaves an earlier copy as it is
         store(notebook, target)
