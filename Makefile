@@ -10,6 +10,6 @@ $(COMMANDS):
 
 # Values reach the command through the environment, as they were typed: make itself
 # would expand a dollar sign in them.
-OPTIONS := SURNAME GIVEN_NAME MATRICULATION RUN WEIGHTS KEEP VENV
+OPTIONS := SURNAME GIVEN_NAME MATRICULATION RUN NOTEBOOK WEIGHTS KEEP VENV
 $(foreach name,$(OPTIONS),$(if $(value $(name)),\
   $(eval override $(name) := $$(value $(name)))$(eval export $(name))))

@@ -27,6 +27,7 @@ FIRST = {
 OTHERS = {
     "setup": "make the environment .venv, as every other command does by itself",
     "train": "train the run of the exercise or another, or continue it",
+    "course": "execute the course's own notebook, with our classes in place of its",
     "verify": "validate recorded weights on the test images again",
     "demo": "everything live on generated images, below build/demo",
     "faults": "provoke what can go wrong, as a table",
@@ -45,8 +46,9 @@ OPTIONS = {
     ),
     "WEIGHTS": (("zip",), "WEIGHTS=0 leaves the recorded weights out"),
     "KEEP": (None, "notebook or script: which one stays, where both were edited"),
+    "NOTEBOOK": (("course",), "path of the course's notebook, as Moodle has it"),
     "PRESET": (("train",), "default (50 epochs) or quick (fewer, smaller batches)"),
-    "EPOCHS": (("train",), "passes over the images"),
+    "EPOCHS": (("train", "course"), "passes over the images"),
     "BATCH_SIZE": (("train",), "images in a step"),
     "LR": (("train",), "learning rate"),
     "SEED": (("train",), "of all random numbers"),
@@ -197,6 +199,11 @@ def run_inside(name):
             if name == "lab":
                 with file_errors(script):
                     os.utime(script)  # jupytext wants it to be the newer one
+        if name == "course":
+            from report.course import run_course
+
+            run_course(os.environ.get("NOTEBOOK"), os.environ.get("EPOCHS"))
+            return 0
         if name not in MAKERS:
             return run_program(name)
 

@@ -8,6 +8,7 @@ import zipfile
 from io import BytesIO
 from pathlib import Path
 
+from report.course import executed
 from report.notebooks import read_notebook
 from report.pdf import LISTINGS, make_pdf
 from report.student import tomllib
@@ -31,6 +32,8 @@ Exercise Sheet 11: Transformers. Page 1 of {stem}.pdf says where the points are.
 
 python attention.py              Task 1: prints "passed" for each unit test
 python vision_transformer.py     Task 2: likewise
+python recipe_check.py           compares our training with a plain loop of the recipe,
+                                 on generated images, in a minute or two
 python train.py --verify         validates the recorded weights, if the ZIP has them
 python train.py                  the training of the exercise: hours without a GPU
 jupyter lab                      both notebooks; Run All shows the recorded run again,
@@ -40,9 +43,9 @@ The first two need Python 3.8 or newer, torch 2.0 or newer, torchvision and eino
 else needs Python 3.10 or newer, `pip install -r requirements.txt`, and CIFAR-10 in
 data/, which is fetched if it is missing.
 
-To run the course's own cells, copy only the two .py files beside its notebooks (those
-here have the same names), and import the classes in place of those there:
-`from attention import SelfAttention2d`, `from vision_transformer import ...`.
+If there is a folder course/, it has the course's own notebooks, executed with these
+classes in place of theirs. To do so by hand, copy only the two .py files beside those
+notebooks, which have the same names, and import the classes in place of those there.
 """
 
 
@@ -116,7 +119,8 @@ def _members(submission, weights, pictures):
     record = [HISTORY_NAME, WEIGHTS_NAME] if weights else [HISTORY_NAME]
     files = [
         *SCRIPTS,
-        Path("support", "__init__.py"),
+        *(Path("support", name) for name in ("__init__.py", "demo_data.py")),
+        Path("recipe_check.py"),
         *map(Path, LISTINGS),
         *(submission.run / name for name in record),
         *pictures,
@@ -128,6 +132,7 @@ def _members(submission, weights, pictures):
     return {
         **{path.as_posix(): path.read_bytes() for path in files},
         **{path.as_posix(): path.read_bytes() for path in extra if path.is_file()},
+        **{f"course/{p.name}": p.read_bytes() for p, _ in executed()},
         **{p.name: p.read_bytes() for p in [*submission.notebooks, submission.pdf]},
         "README.txt": readme.encode(),
         "requirements.txt": "".join(f"{name}\n" for name in needed).encode(),

@@ -73,7 +73,7 @@ def is_injected(cell):
     return INJECTED in cell.metadata.get("tags", []) or cell.source.startswith(MARK)
 
 
-def execute(notebook, name, timeout=CELL_SECONDS):
+def execute(notebook, name, timeout=CELL_SECONDS, client=NotebookClient):
     """Execute a notebook in a fresh kernel, in place, and note when and on what.
 
     Raises:
@@ -81,7 +81,15 @@ def execute(notebook, name, timeout=CELL_SECONDS):
             died. The message names notebook, cell, line and reason.
     """
     manager = AsyncKernelManager(kernel_spec_manager=OwnKernel())
-    client = NotebookClient(
+    bar = tqdm(
+        notebook.cells,
+        name,
+        unit="cell",
+        # Not between the lines of a client that prints
+        disable=None if client is NotebookClient else True,
+        leave=False,
+    )
+    client = client(
         notebook,
         km=manager,
         timeout=timeout,
@@ -99,7 +107,6 @@ def execute(notebook, name, timeout=CELL_SECONDS):
             tempfile.TemporaryDirectory() as settings,
             client.setup_kernel(env=_environment(settings)),
         ):
-            bar = tqdm(notebook.cells, name, unit="cell", disable=None, leave=False)
             for number, cell in enumerate(bar, 1):
                 client.execute_cell(cell, number - 1)
     except CellExecutionError as error:

@@ -6,6 +6,7 @@ import statistics
 
 from torchvision.datasets import CIFAR10
 
+from report.course import executed
 from report.sync import edited_since, provenance
 from support.dataset import ARCHIVE_MD5, is_present
 from support.records import (
@@ -88,6 +89,9 @@ def origin(submission, notebooks):
             )
         edited = ", ".join(edited_since(notebook))
         rows.append([path.name, how + f"; edited since: {edited}" * bool(edited)])
+    for path, facts in executed():
+        what = f"unchanged but for {facts['changed']}: all its cells passed"
+        rows.append([f"the course's {path.name}", f"{what} on {facts['executed']}"])
     history = submission.history
     data = "not at hand when the report was made"
     if submission.demo:

@@ -10,11 +10,10 @@ from conftest import assert_same_weights
 from small_run import alive, counted, small_model
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
-from torchvision import transforms as T
 
+import recipe_check
 import vision_transformer
 from support import dataset, records, training
-from support.demo_data import DemoCIFAR10
 from support.records import UserError
 
 CPU = torch.device("cpu")
@@ -35,42 +34,11 @@ def train(n_epochs, seed=0):
     return vision_transformer.train(model, *loaders, LR, n_epochs, CPU, run), model, run
 
 
-def plain_loop(n_epochs):
-    """The six points of the recipe, and nothing else."""
-    model = small_model()
-    mean = [0.49139968, 0.48215841, 0.44653091]
-    std = [0.24703223, 0.24348513, 0.26158784]
-    to_tensor = [T.ToTensor(), T.Normalize(mean, std)]
-    crop = T.RandomResizedCrop((32, 32), scale=(0.8, 1.0), ratio=(0.9, 1.1))
-    train_transform = T.Compose([T.RandomHorizontalFlip(), crop, *to_tensor])
-    val_transform = T.Compose(to_tensor)
-    train_set = DemoCIFAR10("data", train=True, transform=train_transform)
-    val_set = DemoCIFAR10("data", train=False, transform=val_transform)
-    train_loader = DataLoader(
-        train_set, BATCH_SIZE, shuffle=True, drop_last=True, num_workers=4
-    )
-    val_loader = DataLoader(val_set, BATCH_SIZE, shuffle=False, num_workers=4)
-    optimizer = torch.optim.Adam(model.parameters(), lr=LR)
-    losses, accuracies = [], []
-    for _ in range(n_epochs):
-        for images, labels in train_loader:
-            optimizer.zero_grad()
-            loss = cross_entropy(model(images), labels)
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
-        correct = 0
-        with torch.no_grad():
-            for images, labels in val_loader:
-                correct += (model(images).argmax(dim=1) == labels).sum().item()
-        accuracies.append(correct / len(val_loader.dataset))
-    return model, losses, accuracies
-
-
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_the_recipe_is_computed_bit_for_bit(demo_data, workplace):
     history, model, _ = train(n_epochs=2)
-    expected, losses, accuracies = plain_loop(n_epochs=2)
+    expected = small_model()
+    losses, accuracies = recipe_check.plain_loop(expected, BATCH_SIZE, LR, n_epochs=2)
     assert history["train_losses"] == losses
     assert history["val_accs"] == accuracies
     assert_same_weights(model, expected)
@@ -83,6 +51,17 @@ def test_the_recipe_is_computed_bit_for_bit(demo_data, workplace):
     assert history["val_losses_eval"][-1] == pytest.approx(
         cross_entropy(logits, labels).item(), rel=1e-5
     )
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_the_grader_s_check_sees_a_difference(demo_data, monkeypatch, capsys):
+    monkeypatch.setattr(
+        vision_transformer, "VisionTransformer", lambda layers: small_model()
+    )
+    assert recipe_check.main() == 0
+    monkeypatch.setattr(vision_transformer, "validate", lambda *_: 0.5)
+    assert recipe_check.main() == 1
+    assert capsys.readouterr().out.count("\n") == 2
 
 
 def test_predictions_are_without_dropout(demo_data):

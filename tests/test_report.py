@@ -216,7 +216,7 @@ EXPECTED = {
         f"support/{n}.py"
         for n in ("analysis", "figures", "records", "training", "dataset")
     ),
-    *("support/__init__.py", "train.py"),
+    *("support/__init__.py", "support/demo_data.py", "recipe_check.py", "train.py"),
     *("runs/exercise/history.json", "runs/exercise/vision_transformer.safetensors"),
     *("README.txt", "requirements.txt"),
     "Müller-Lüdenscheidt-12345678.pdf",
