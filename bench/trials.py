@@ -9,6 +9,9 @@ size; its whole runs are in ``bench/former``, as is one of the present model wit
 paper's dropout that was broken off. Screens and finals were run with code that drew the
 same weights in another order, so to run them again gives other numbers.
 
+``patches`` are of a model that may come next, whose patch embedding begins as what
+photographs consist of. They have begun only.
+
 A finished trial is a file in ``bench/trials`` and is not run again. An interrupted one
 continues after its last epoch, from its folder in ``build/trials``. What all of them
 reached is in ``runs/trials.csv``, which the notebook reads.
@@ -16,6 +19,7 @@ reached is in ``runs/trials.csv``, which the notebook reads.
 
 import argparse
 import csv
+import functools
 import io
 import json
 import math
@@ -24,6 +28,7 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import einops
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, Subset
@@ -106,6 +111,80 @@ def gpt2_branches(model):
 def patches(model, gain):
     """Begin with another gain of the patch embedding; that of the model is 3."""
     nn.init.xavier_uniform_(model.patch_embedding.weight, gain)
+    return model
+
+
+def cosines(number):
+    """Return the orthonormal cosines (number, number) of the DCT, by frequency."""
+    steps = torch.arange(number)
+    basis = torch.cos(math.pi / number * steps[:, None] * (steps + 0.5))
+    return basis / basis.norm(dim=1, keepdim=True)
+
+
+@torch.no_grad()
+def cosine_patches(model, variance=2.84, exponent=1.0, colours=(1, 3, 5), mixed=True):
+    """Let the patch embedding begin with cosines, the louder the higher they are.
+
+    Of colours, too: the cosines of three channels are brightness and two opponents.
+    ``variance`` is that of a feature over photographs, beside positions of 1.
+    """
+    p, layer = model.patch_size, model.patch_embedding
+    space, colour = cosines(p), cosines(model.in_channels)
+    basis = torch.einsum("ui,vj,cd->uvcijd", space, space, colour)
+    f = torch.arange(p, dtype=torch.float32)
+    law = (1 + 2 * torch.hypot(f[:, None], f)) ** exponent
+    gains = law[:, :, None] * torch.tensor(colours, dtype=torch.float32)
+    size = layer.in_features
+    rows = gains.reshape(size, 1) * basis.reshape(size, size)
+    if mixed:
+        rows = nn.init.orthogonal_(torch.empty(layer.out_features, size)) @ rows
+    else:  # each in rows of its own
+        rows = rows.repeat(math.ceil(layer.out_features / size), 1)
+        rows = rows[: layer.out_features]
+    layer.weight.copy_(rows)
+    return with_variance(model, variance)
+
+
+@torch.no_grad()
+def whitened_patches(model, variance=2.84):
+    """Let the patch embedding begin with mixtures of the whitened training patches."""
+    layer = model.patch_embedding
+    values, vectors = torch.linalg.eigh(patch_covariance(model.patch_size))
+    rows = vectors.T / (values[:, None] + 0.01).sqrt()
+    mixture = nn.init.orthogonal_(torch.empty(layer.out_features, layer.in_features))
+    layer.weight.copy_(mixture @ rows)
+    return with_variance(model, variance)
+
+
+def with_variance(model, variance):
+    """Scale the patch embedding to a variance of its features over photographs."""
+    weight, covariance = model.patch_embedding.weight, patch_covariance(4)
+    weight *= (variance * len(weight) / (weight @ covariance @ weight.T).trace()).sqrt()
+    return model
+
+
+@functools.cache
+def patch_covariance(p, images=5_000):
+    """Return the second moments of normalised training patches, (p p C, p p C)."""
+    order = torch.randperm(50_000, generator=torch.Generator().manual_seed(0)).tolist()
+    pixels = CIFAR10("data", train=True).data[order[HELD_OUT:][:images]]
+    x = torch.stack([ours.VAL_TRANSFORM(image) for image in pixels])
+    x = einops.rearrange(x, "B C (H p) (W q) -> (B H W) (p q C)", p=p, q=p)
+    return x.T @ x / len(x)
+
+
+@torch.no_grad()
+def louder_layers(model, gain):
+    """Begin with another gain of all layers between patches and head."""
+    for weight in model.blocks.parameters():
+        if weight.ndim == 2:
+            weight.mul_(gain)
+    return model
+
+
+def random_class_token(model):
+    """Begin with a class token of N(0, 0.02)."""
+    nn.init.normal_(model.class_token, std=0.02)
     return model
 
 
@@ -213,6 +292,27 @@ SCREENS = {
     "zero branches, zero head": lambda: zero_head(new_model()),
     "zero branches, soft queries": lambda: soft_queries(new_model()),
 }
+PATCHES = {
+    "Xavier patches, gain 3": new_model,
+    "cosine patches": lambda: cosine_patches(new_model()),
+    "cosine patches, variance 1": lambda: cosine_patches(new_model(), 1),
+    "cosine patches, variance 8": lambda: cosine_patches(new_model(), 8),
+    "cosine patches, exponent 0.5": lambda: cosine_patches(new_model(), exponent=0.5),
+    "cosine patches, exponent 1.5": lambda: cosine_patches(new_model(), exponent=1.5),
+    "cosine patches, colours 1 2 3": lambda: cosine_patches(
+        new_model(), colours=(1, 2, 3)
+    ),
+    "cosine patches, own rows": lambda: cosine_patches(new_model(), mixed=False),
+    "whitened patches": lambda: whitened_patches(new_model()),
+    "cosine patches, gain 0.7": lambda: louder_layers(cosine_patches(new_model()), 0.7),
+    "cosine patches, gain 1.4": lambda: louder_layers(cosine_patches(new_model()), 1.4),
+    "cosine patches, soft queries": lambda: soft_queries(cosine_patches(new_model())),
+    "cosine patches, paper dropout": lambda: paper_dropout(cosine_patches(new_model())),
+    "cosine patches, random class token": lambda: random_class_token(
+        cosine_patches(new_model())
+    ),
+}
+PATCH_FINALS = ("cosine patches", "cosine patches, paper dropout", "whitened patches")
 ABLATIONS = {  # beside the finals, whose first epochs are ablations, too
     "no positions": lambda: no_positions(new_model()),
     "one head": lambda: new_model(n_heads=1),
@@ -228,7 +328,13 @@ SETTINGS = {
     "batch 32, lr 3e-4": (32, 3e-4),
     "batch 32, lr 2e-4": (32, 2e-4),
 }
-MODELS = {**FINALS, **SCREENS, **ABLATIONS, **dict.fromkeys(SETTINGS, new_model)}
+MODELS = {
+    **FINALS,
+    **SCREENS,
+    **ABLATIONS,
+    **PATCHES,
+    **dict.fromkeys(SETTINGS, new_model),
+}
 
 
 # --- Running -------------------------------------------------------------------------
@@ -245,6 +351,8 @@ TRIALS = [
         for seed in SEEDS
     ),
     *(Trial("ablation", name, 20, 5_000, batch_size=128) for name in ABLATIONS),
+    *(Trial("patches", name, 1, 15_000) for name in PATCHES),
+    *(Trial("patches-final", name, 40, 5_000, batch_size=128) for name in PATCH_FINALS),
 ]
 
 

@@ -46,7 +46,8 @@ def test_a_trial_is_judged_by_images_that_it_never_trains_on(monkeypatch):
 
 
 @pytest.mark.parametrize("name", trials.MODELS)
-def test_the_variants_are_models_that_learn(name):
+def test_the_variants_are_models_that_learn(name, monkeypatch):
+    monkeypatch.setattr(trials, "patch_covariance", lambda p: torch.eye(3 * p * p))
     torch.manual_seed(0)
     model = alive(trials.MODELS[name]())
     images, labels = torch.randn(2, 3, 32, 32), torch.arange(2)
@@ -97,6 +98,7 @@ def test_variants_are_built_as_their_names_say():
     active = {
         name: [p for p in records.traits(make[name]())["drops_out"].values() if p]
         for name in make
+        if name not in trials.PATCHES
     }
     assert active[MODEL] == active["post-norm"] == [0.2] * 12
     assert active["zero branches, block dropout"] == [0.2] * 18
@@ -121,3 +123,13 @@ def test_the_table_says_what_the_records_say():
     assert float(final["recipe"]) == pytest.approx(
         20 * sum(record["held_out_accs"][-5:]), abs=0.006
     )
+
+
+def test_cosine_patches_are_orthogonal_and_as_loud_as_asked(monkeypatch):
+    monkeypatch.setattr(trials, "patch_covariance", lambda p: torch.eye(3 * p * p))
+    weight = trials.cosine_patches(
+        trials.new_model(), 2.0, 0.0, (1, 1, 1)
+    ).patch_embedding.weight
+    assert weight.square().sum().item() == pytest.approx(2 * 256, rel=1e-4)
+    products = weight.T @ weight / (2 * 256 / 48)
+    torch.testing.assert_close(products, torch.eye(48), rtol=0, atol=1e-4)
