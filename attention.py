@@ -211,8 +211,8 @@ if __name__ == "__main__":
 # Without the division the logits grow with the size of the heads, the softmax
 # approaches an argmax, and hardly any gradient passes through it. Figure 1 shows, for
 # random queries and keys, the standard deviation of the logits, and how far a row of
-# attention weights spreads. The spread is the entropy $-\sum_j w_j \ln w_j$: it is $\ln L$ when
-# all $L$ tokens have the same weight, and 0 when one token has all of it.
+# attention weights spreads. The spread is the entropy $-\sum_j w_j \ln w_j$: it is
+# $\ln L$ when all $L$ tokens have the same weight, and 0 when one token has all of it.
 
 # %% tags=["active-ipynb", "appendix"]
 # figures.plot_scaling(head_dims=[4, 16, 64, 256, 1024]);
@@ -274,8 +274,8 @@ if __name__ == "__main__":
 # %% [markdown]
 # **Figure 3.** Cost of `SelfAttention2d` with its defaults ($D = 256$) on one grid of
 # $L$ tokens. Left: counted operations of the projections and of the products $QK^T$ and
-# (weights) $V$. Centre: memory kept for the backward pass. Right: time of a forward pass
-# on one core of the machine that made this figure.
+# (weights) $V$. Centre: memory kept for the backward pass. Right: time of a forward
+# pass on one core of the machine that made this figure.
 # <!-- alt: Three log-log plots against the number of tokens. On the left, the line of
 # the products is steeper than that of the projections and crosses it at 512 tokens. The
 # other two, memory and time, rise ever more steeply. -->

@@ -17,16 +17,17 @@
 # %% [markdown]
 # # Task 2: Vision Transformer (14 P)
 #
-# Implement a Vision Transformer, block by block (8 P), and train it on CIFAR-10 with the
-# recipe of the exercise to 25, 50 and 70 % validation accuracy (2 P each).
+# Implement a Vision Transformer, block by block (8 P), and train it on CIFAR-10 with
+# the recipe of the exercise to 25, 50 and 70 % validation accuracy (2 P each).
 #
 # A Vision Transformer ([Dosovitskiy et al., 2021](https://arxiv.org/abs/2010.11929))
 # cuts an image into patches, treats each patch as a token, and feeds the tokens to a
 # Transformer encoder. This one is built on the self-attention of Task 1.
 #
 # An encoder block applies two operations in turn, each behind a layer norm ([Ba et al.,
-# 2016](https://arxiv.org/abs/1607.06450)) and inside a residual connection ([He et al., 2016](https://arxiv.org/abs/1512.03385);
-# here Eqs. 2 and 3 of [Dosovitskiy et al., 2021](https://arxiv.org/abs/2010.11929)):
+# 2016](https://arxiv.org/abs/1607.06450)) and inside a residual connection ([He et al.,
+# 2016](https://arxiv.org/abs/1512.03385); here Eqs. 2 and 3 of [Dosovitskiy et al.,
+# 2021](https://arxiv.org/abs/2010.11929)):
 #
 # $$z' = \operatorname{MSA}(\operatorname{LN}(z)) + z, \qquad
 #   z'' = \operatorname{MLP}(\operatorname{LN}(z')) + z'$$
@@ -91,13 +92,14 @@ class ResidualModule(nn.Module):
 
 
 # %% [markdown]
-# The MLP of a block (1 P) has one hidden layer with the GELU nonlinearity ([Hendrycks and
-# Gimpel, 2016](https://arxiv.org/abs/1606.08415)), and dropout
-# after each of its two linear layers ([Srivastava et al.,
-# 2014](https://jmlr.org/papers/v15/srivastava14a.html)), as the course asks for. The first dropout follows
-# the GELU, as in the authors' code. The paper has dropout at two more places, after
-# attention and where positions are added (Appendix B.1). This model does not: in trials
-# on held-out images they lowered the accuracy by the recipe (Table 2).
+# The MLP of a block (1 P) has one hidden layer with the GELU nonlinearity ([Hendrycks
+# and Gimpel, 2016](https://arxiv.org/abs/1606.08415)), and dropout after each of its
+# two linear layers ([Srivastava et al.,
+# 2014](https://jmlr.org/papers/v15/srivastava14a.html)), as the course asks for. The
+# first dropout follows the GELU, as in the authors' code. The paper has dropout at two
+# more places, after attention and where positions are added (Appendix B.1). This model
+# does not: in trials on held-out images they lowered the accuracy by the recipe (Table
+# 2).
 
 
 # %%
@@ -122,9 +124,8 @@ class FeedForwardBlock(nn.Module):
         """Begin at zero, for the sake of the residual connection around it."""
         first, _, _, last, _ = self.layers
         nn.init.xavier_uniform_(first.weight)
-        nn.init.zeros_(first.bias)
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
+        for zero in (first.bias, last.weight, last.bias):
+            nn.init.zeros_(zero)
 
 
 # %% [markdown]
@@ -146,20 +147,18 @@ class SelfAttention(SelfAttention2d):
 
 
 class SelfAttentionTransformerBlock(nn.Module):
-    """A pre-norm encoder block on tokens (B, L, D): Dosovitskiy et al., Eqs. 2 and 3."""
+    """A pre-norm block on tokens (B, L, D): Dosovitskiy et al. (2021), Eqs. 2 and 3."""
 
     def __init__(self, hidden_size, mlp_size, n_heads, p_dropout):
         super().__init__()
         if hidden_size % n_heads:
             raise ValueError(f"{hidden_size=} is not divisible by {n_heads=}")
         dim_head = hidden_size // n_heads
-        attention = SelfAttention(hidden_size, dim_head, dim_head, n_heads)
-        feed_forward = FeedForwardBlock(hidden_size, mlp_size, p_dropout)
-        self.attention = ResidualModule(
-            nn.Sequential(nn.LayerNorm(hidden_size), attention)
-        )
+        msa = SelfAttention(hidden_size, dim_head, dim_head, n_heads)
+        mlp = FeedForwardBlock(hidden_size, mlp_size, p_dropout)
+        self.attention = ResidualModule(nn.Sequential(nn.LayerNorm(hidden_size), msa))
         self.feed_forward = ResidualModule(
-            nn.Sequential(nn.LayerNorm(hidden_size), feed_forward)
+            nn.Sequential(nn.LayerNorm(hidden_size), mlp)
         )
 
     def forward(self, x):
@@ -261,16 +260,15 @@ class VisionTransformer(nn.Module):
 # sum. -->
 
 # %% [markdown]
-# The exercise does not prescribe the initialisation of the linear layers. Here they have
-# Xavier weights
-# ([Glorot and Bengio, 2010](https://proceedings.mlr.press/v9/glorot10a.html)) and zero
-# biases, with two exceptions that were chosen by trials on held-out training images
-# (Table 2). The patch embedding begins three times as large: positions of variance 1,
-# as the course asks for, would dominate the content of the patches. The last linear layer of
-# each residual branch begins at zero ([Zhang et al.,
-# 2019](https://arxiv.org/abs/1901.09321)), so every block begins as the identity, and
-# adds what it learns instead of noise. All images get the same logits at first; the
-# first update breaks this symmetry.
+# The exercise does not prescribe the initialisation of the linear layers. Here they
+# have Xavier weights ([Glorot and Bengio,
+# 2010](https://proceedings.mlr.press/v9/glorot10a.html)) and zero biases, with two
+# exceptions that were chosen by trials on held-out training images (Table 2). The patch
+# embedding begins three times as large: positions of variance 1, as the course asks
+# for, would dominate the content of the patches. The last linear layer of each residual
+# branch begins at zero ([Zhang et al., 2019](https://arxiv.org/abs/1901.09321)), so
+# every block begins as the identity, and adds what it learns instead of noise. All
+# images get the same logits at first; the first update breaks this symmetry.
 #
 # The table counts parameters, and the operations of the matrix products for one image.
 # `blocks.0` stands for each of the blocks. Positions, class token and the last norm are
@@ -569,24 +567,24 @@ def train_run(settings, cache_dir, device, folder=None, dataset=CIFAR10):
 # figures.plot_training(history);
 
 # %% [markdown]
-# **Figure 6.** Left: cross-entropy of each training step on its augmented batch, and its
-# mean over each epoch (drawn at mid-epoch); dashed, the loss on the validation images in
-# evaluation mode. Right: validation accuracy after every epoch by the recipe (dropout
-# active) and in evaluation mode; dotted, the 50 and 70 % of the exercise (25 % lies
-# below the axis), with a circle around the first epoch at each.
-# <!-- alt: Left, the cross-entropy of single steps, which scatter, and their mean, which
-# falls steeply at first, then ever more slowly, and still falls at the end. A dashed
-# curve, of the validation images, crosses it early and stays far above it. Right, two
-# curves of accuracy in percent, which rise ever more slowly and end above the higher of
-# two dotted lines. The one by the recipe lies a little below the one in evaluation mode
-# in almost every epoch. Circles mark epochs 1 and 12. -->
+# **Figure 6.** Left: cross-entropy of each training step on its augmented batch, and
+# its mean over each epoch (drawn at mid-epoch); dashed, the loss on the validation
+# images in evaluation mode. Right: validation accuracy after every epoch by the recipe
+# (dropout active) and in evaluation mode; dotted, the 50 and 70 % of the exercise (25 %
+# lies below the axis), with a circle around the first epoch at each.
+# <!-- alt: Left, the cross-entropy of single steps, which scatter, and their mean,
+# which falls steeply at first, then ever more slowly, and still falls at the end. A
+# dashed curve, of the validation images, crosses it early and stays far above it.
+# Right, two curves of accuracy in percent, which rise ever more slowly and end above
+# the higher of two dotted lines. The one by the recipe lies a little below the one in
+# evaluation mode in almost every epoch. Circles mark epochs 1 and 12. -->
 
 # %% [markdown]
 # The model learns most in the first epochs. Later the training loss still falls (left),
 # while the accuracy rises less and less (right). The validation loss is lowest in epoch
 # 31, and higher at the end: the model overfits. The learning rate is constant, so the
-# accuracy scatters from epoch to epoch to the end: over the last ten epochs it is 76.9 %
-# by the recipe and 77.7 % with `eval()` on average.
+# accuracy scatters from epoch to epoch to the end: over the last ten epochs it is 76.9
+# % by the recipe and 77.7 % with `eval()` on average.
 #
 # In the first epochs the mean training loss lies above the validation loss, mostly
 # because it is a mean over an epoch in which the model still improves. In epoch 1 it is
@@ -674,11 +672,11 @@ def train_run(settings, cache_dir, device, folder=None, dataset=CIFAR10):
 # chart of the confidences has by far its highest bar above 90 percent. -->
 
 # %% [markdown]
-# A calibrated model is right as often as it is confident. This one is overconfident. Its
-# curve runs farthest below the diagonal where the confidence is 60 to 90 %, but so many
-# predictions lie above 90 % that half of the calibration error comes from there. The
-# recipe does not prevent that: cross-entropy rewards confidence even on training images
-# that are already right. Figure 10 shows single predictions.
+# A calibrated model is right as often as it is confident. This one is overconfident.
+# Its curve runs farthest below the diagonal where the confidence is 60 to 90 %, but so
+# many predictions lie above 90 % that half of the calibration error comes from there.
+# The recipe does not prevent that: cross-entropy rewards confidence even on training
+# images that are already right. Figure 10 shows single predictions.
 
 # %% tags=["active-ipynb", "appendix"]
 # figures.plot_predictions(predictions);
@@ -693,12 +691,12 @@ def train_run(settings, cache_dir, device, folder=None, dataset=CIFAR10):
 # labelled as a cat, two cats, two dogs and a frog. -->
 
 # %% [markdown]
-# In the images of which the model is most confident, the object fills the image, or is a
-# ship on the water. It can be as confident of a wrong answer: a reddish brown cat becomes
-# a horse, and a small black one on grey ground a bird. High confidence does not guarantee
-# a correct answer, but makes it likely, as the table shows. One of the most confident
-# "wrong" predictions is correct: the first of these images is labelled as a cat and shows
-# a frog.
+# In the images of which the model is most confident, the object fills the image, or is
+# a ship on the water. It can be as confident of a wrong answer: a reddish brown cat
+# becomes a horse, and a small black one on grey ground a bird. High confidence does not
+# guarantee a correct answer, but makes it likely, as the table shows. One of the most
+# confident "wrong" predictions is correct: the first of these images is labelled as a
+# cat and shows a frog.
 
 # %% tags=["active-ipynb", "appendix"]
 # figures.show_confident(predictions)
@@ -736,19 +734,19 @@ def train_run(settings, cache_dir, device, folder=None, dataset=CIFAR10):
 
 # %% [markdown]
 # **Figure 12.** Mean attention distance of every head against depth, over the first 256
-# test images (after Dosovitskiy et al., 2021, Fig. 7, right): of the trained model (blue)
-# and before training (grey). Dotted: the distance of a head that attends to all patches
-# alike. The last block is left out: the head of the model reads only the class token, so
-# nothing trains where its patches look.
-# <!-- alt: Eight blue and eight grey dots for each of the first five encoder blocks, all
-# near the dotted line of even attention. The blue ones scatter a little more than the
-# grey ones, most in the first block, where a few heads lie above the line. -->
+# test images (after Dosovitskiy et al., 2021, Fig. 7, right): of the trained model
+# (blue) and before training (grey). Dotted: the distance of a head that attends to all
+# patches alike. The last block is left out: the head of the model reads only the class
+# token, so nothing trains where its patches look.
+# <!-- alt: Eight blue and eight grey dots for each of the first five encoder blocks,
+# all near the dotted line of even attention. The blue ones scatter a little more than
+# the grey ones, most in the first block, where a few heads lie above the line. -->
 
 # %% [markdown]
 # From the first block on, all heads look far, as they did before training: their
-# distances are near that of even attention. In the paper's figure, other heads look only
-# at what is near; this model learned none of these. Figure 13 follows the weights of all
-# blocks back to the image.
+# distances are near that of even attention. In the paper's figure, other heads look
+# only at what is near; this model learned none of these. Figure 13 follows the weights
+# of all blocks back to the image.
 
 # %% tags=["active-ipynb", "appendix"]
 # figures.plot_rollout(model, predictions);
@@ -786,20 +784,20 @@ def train_run(settings, cache_dir, device, folder=None, dataset=CIFAR10):
 # positions.
 
 # %% [markdown]
-# After 40 epochs, long enough for all models to overfit, zero branches lead full ones by
-# 2.9 points by the recipe and 2.7 with `eval()`. Paper dropout has the best loss, 1.408
-# instead of 1.636 nats, and nearly the accuracy of the model with `eval()`, 56.4
-# instead of 56.6 %. By the recipe, which validates with dropout active, it is 1.8 points
-# behind, and the exercise counts that figure; so the model drops out in the MLPs only.
-# Without positions, or with one head, 4.6 to 7.5 points are lost; block dropout,
+# After 40 epochs, long enough for all models to overfit, zero branches lead full ones
+# by 2.9 points by the recipe and 2.7 with `eval()`. Paper dropout has the best loss,
+# 1.408 instead of 1.636 nats, and nearly the accuracy of the model with `eval()`, 56.4
+# instead of 56.6 %. By the recipe, which validates with dropout active, it is 1.8
+# points behind, and the exercise counts that figure; so the model drops out in the MLPs
+# only. Without positions, or with one head, 4.6 to 7.5 points are lost; block dropout,
 # post-norm and no dropout may differ from the model by chance only.
 #
 # The test images had one part in this choice. A run of 50 epochs with paper dropout was
 # stopped after three of them, 2.1 points behind an earlier run by the recipe; that led
 # to a second look at the trials, and to the mean over five epochs as their measure.
 #
-# The settings of a quick run, batches of 32 and a learning rate of 0.0002 for 13 epochs,
-# come from trials as well. Table 3 shows how much such runs scatter.
+# The settings of a quick run, batches of 32 and a learning rate of 0.0002 for 13
+# epochs, come from trials as well. Table 3 shows how much such runs scatter.
 
 # %% tags=["active-ipynb", "appendix"]
 # figures.show_seeds()
@@ -812,12 +810,14 @@ def train_run(settings, cache_dir, device, folder=None, dataset=CIFAR10):
 # %% [markdown]
 # ### Limitations and future work
 #
-# - The recipe validates on the test split. That did not choose the epoch, and had a part
+# - The recipe validates on the test split. That did not choose the epoch, and had a
+#   part
 #   in the choice of the model only as just said.
-# - The learning rate is constant, so the accuracy of the last epoch is partly chance. In
+# - The learning rate is constant, so the accuracy of the last epoch is partly chance.
+#   In
 #   the recorded run, of one seed, it is 0.6 points below the best of all 50. A learning
 #   rate that falls to zero is the first change to try.
 # - A Vision Transformer has to learn what a convolution is given: that neighbouring
-#   pixels belong together, and that an object may be anywhere. Pre-training makes up for
+# pixels belong together, and that an object may be anywhere. Pre-training makes up for
 #   it ([Dosovitskiy et al., 2021](https://arxiv.org/abs/2010.11929)). With 50,000
 #   images, one would try stronger augmentation and weight decay next.
