@@ -159,6 +159,9 @@ def call(command, **options):
 def run(command):
     """Run a program, leave Ctrl-C to it, and return its exit code."""
     with subprocess.Popen(command, env=own_variables()) as process:
+        for name in ("SIGTERM", "SIGHUP"):  # which would leave it alone
+            if hasattr(signal, name):
+                signal.signal(getattr(signal, name), lambda *_: process.terminate())
         while process.returncode is None:
             with contextlib.suppress(KeyboardInterrupt):
                 process.wait()

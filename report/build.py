@@ -121,9 +121,17 @@ def parameter(notebook, name):
     """Return a value of the cell tagged ``parameters``, or None if it gives none."""
     for cell in notebook.cells:
         if cell.cell_type == "code" and PARAMETERS in cell.metadata.get("tags", []):
-            for node in ast.parse(cell.source).body:
-                if isinstance(node, ast.Assign) and node.targets[0].id == name:
-                    return ast.literal_eval(node.value)
+            found = re.search(rf"^{name}\b[^=\n]*=\s*([^#\n]*)", cell.source, re.M)
+            try:
+                value = ast.literal_eval(found[1].strip()) if found else None
+            except (ValueError, SyntaxError):
+                value = found
+            if found and not isinstance(value, str):
+                raise UserError(
+                    f"{found[0].strip()!r} in the cell tagged {PARAMETERS} of "
+                    f'{SCRIPTS[1]} is no text in quotes, as in RUN = "runs/exercise"'
+                )
+            return value
     return None
 
 

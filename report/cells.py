@@ -13,13 +13,16 @@ from urllib.parse import quote, unquote, urlsplit
 from xml.etree import ElementTree
 
 import bs4
+from mistune import HTMLRenderer
 from nbconvert.filters import strip_ansi
 from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 from PIL import Image
 
 # The caption of a plot or table, in the cell below it; the number may be left out
 CAPTION = re.compile(r"\s*\*\*(Figure|Table)\s*(\d*)\s*[.:]?\*\*\s*[.:]?\s*")
-MENTION = re.compile(r"\b(Figure|Table)s?\s+\d+(?:(?:,|,? and|,? to)\s+\d+)*")
+MENTION = re.compile(
+    r"\b(Figure|Table)s?\s+\d+(?:(?:,|,? and|,? to)\s+\d+)*(?!\d|\s+(?:of|from)\b)"
+)
 MATH = re.compile(
     r"\$\$(.+?)\$\$|(?<![\\$])\$(.+?)\$|(\\begin\{(\w+\*?)\}.+?\\end\{\4\})", re.S
 )
@@ -36,10 +39,12 @@ PICTURES = {
 # Elements that show what is not their text
 NOT_TEXT = ["audio", "canvas", "embed", "iframe", "input", "math", "meter", "object"]
 NOT_TEXT += ["progress", "script", "select", "template", "textarea", "video"]
+BROKEN = (Image.DecompressionBombError,)
+SVG = re.compile(r"<svg\b.*?</svg>", re.S)  # before a parser takes it for HTML
 UNSEEN = bs4.element.PreformattedString  # comments and the like
 SAYS_NOTHING = re.compile(r"\s*(<IPython.*|<[\w.]+ (object )?at 0x\w+>)?\s*$")
 ECHO = re.compile(r"[(\[]*(<matplotlib|<Axes|<Figure|Text\(|array\(\[<)")
-CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\ufffe\uffff]")
+CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\ufeff\ufffe\uffff]")
 WIDTH, HEIGHT, LETTER = 465, 700, 0.52 * 9.5  # of text and of a letter in a table, pt
 
 
@@ -56,7 +61,12 @@ class Renderer(IPythonRenderer):
         return _formula(rf"\begin{{{name}}}{body}\end{{{name}}}", "display")
 
     def block_code(self, code, info=None):
-        return _pre((info or "text").split()[0], code)
+        return _pre("lang-" + (info or "text").split()[0], code)
+
+    def image(self, text, url, title=None):
+        if url.startswith("attachment:") and unquote(url[11:]) not in self.attachments:
+            return HTMLRenderer.image(self, text, url, title)  # which names it later
+        return super().image(text, url, title)
 
     def block_html(self, text):
         return f"<div class='math-too'>{text}</div>"
@@ -86,30 +96,32 @@ class Cells:
     def html(self):
         """Return all cells; each begins with a mark that names it."""
         drawn, parts = list(map(id, self.captioned.values())), []
+        is_told = False
         for place, cell in enumerate(self.cells):
             self.place = place
-            stem = f"{self.name}-{place + 1}"
-            self.sources[stem] = clean(cell.source)
+            stem, source = f"{self.name}-{place + 1}", printable(cell.source)
+            self.sources[stem] = source
             parts.append(_pre("mark", stem))
             if cell.cell_type == "code":
+                is_told = "Not shown (" in str(cell.outputs)
                 if "appendix" in cell.metadata.get("tags", []):
-                    self.left_out.append(cell.source)
-                elif cell.source.strip():
-                    parts.append(_pre("source", clean(cell.source)))
+                    self.left_out.append(source)
+                elif source.strip():
+                    parts.append(_pre("source", breakable(source)))
                 outputs = [out for out in cell.outputs if id(out) not in drawn]
                 parts += self._outputs(outputs, any(map(picture_in, cell.outputs)))
             elif cell.cell_type == "raw":
-                parts.append(_pre("output", clean(cell.source)))
-            elif not is_caption(cell):
-                parts.append(self._markdown(cell.source, cell.get("attachments")))
+                parts.append(_pre("output", breakable(source)))
             elif place in self.captioned:
                 parts.append(self._figure(cell))
+            elif not (is_caption(cell) and is_told):
+                parts.append(self._markdown(source, cell.get("attachments")))
         return "\n".join(parts)
 
     def note(self, what):
         """Note what is not shown; return what stands in its place."""
         self.notes.append(f"{self.name}.ipynb, cell {self.place + 1}: {what}")
-        return f'<span class="note">[not shown: {html.escape(what)}]</span>'
+        return f'<span class="left-out">[not shown: {html.escape(what)}]</span>'
 
     # --- Outputs ----------------------------------------------------------------------
 
@@ -118,10 +130,11 @@ class Cells:
         for output in [*outputs, None]:
             if output and output.output_type in ("stream", "error"):
                 text = output.get("text") or "\n".join(output.get("traceback", []))
+                text = text or f"{output.get('ename')}: {output.get('evalue')}"
                 printed += "\n" * (printed[-1:] not in ("", "\n")) + text
                 continue
             if printed.strip():
-                parts.append(_pre("output", clean(printed)))
+                parts.append(_pre("output", breakable(clean(printed))))
             printed = ""
             if output:
                 parts.append(self._best(output.get("data", {}), has_picture))
@@ -132,7 +145,9 @@ class Cells:
         picture, latex = picture_in({"data": data}), data.get("text/latex", "").strip()
         if picture:
             return self._parse(f'<p><img src="{picture}"></p>')
-        if "text/markdown" in data or re.match(r"\$|\\begin\{(eq|al|ga)", latex):
+        latex = re.sub(r"\\[][]", "$$", re.sub(r"\\[()]", "$", latex))
+        is_formula = re.search(r"\$|\\begin", latex) and "tabular" not in latex
+        if "text/markdown" in data or is_formula:
             return self._markdown(data.get("text/markdown", latex))
         plain, soup = data.get("text/plain", ""), _soup(data.get("text/html", ""))
         for tag in soup(["style", "script"]):
@@ -140,14 +155,15 @@ class Cells:
         tables, says_nothing = soup("table"), SAYS_NOTHING.match(plain)
         around = len(soup.get_text()) - sum(len(t.get_text()) for t in tables)
         is_table = tables and around < 200 and min(_size(t)[0] for t in tables) > 0.5
-        if is_table or (says_nothing and (soup.get_text(strip=True) or soup(True))):
+        is_seen = soup.get_text(strip=True) or soup([*NOT_TEXT, "img", "svg", "hr"])
+        if is_table or (says_nothing and is_seen):
             return self._parse(data["text/html"])
         if has_picture and ECHO.match(plain):
             return ""  # what the last line of a plot returns
-        if says_nothing:
-            kinds = ", ".join(kind for kind in data if kind != "text/plain")
-            return f"<p>{self.note(f'an output of type {kinds}')}</p>" if kinds else ""
-        return _pre("output", clean(plain))
+        kinds = ", ".join(kind for kind in data if kind != "text/plain")
+        if says_nothing and kinds:
+            return f"<p>{self.note(f'an output of type {kinds}')}</p>"
+        return _pre("output", breakable(clean(plain))) if plain.strip() else ""
 
     # --- Text -------------------------------------------------------------------------
 
@@ -155,13 +171,15 @@ class Cells:
         renderer = Renderer(
             escape=False, exclude_anchor_links=True, attachments=attachments or {}
         )
-        return self._parse(MarkdownWithMath(renderer=renderer).render(clean(source)))
+        return self._parse(
+            MarkdownWithMath(renderer=renderer).render(printable(source))
+        )
 
     def _figure(self, cell):
         alt = re.search(r"<!--\s*alt:(.*?)-->", cell.source, re.S)
         text = _soup(self._markdown(CAPTION.sub("", cell.source, count=1)))
         words = " ".join((alt[1] if alt else text.get_text()).split())
-        paragraphs = " ".join(part.decode_contents() for part in text("p"))
+        first = text.p.extract().decode_contents() if text.p else ""
         output, kind = self.captioned[self.place], CAPTION.match(cell.source)[1]
         if kind == "Figure":
             image = f'<img src="{picture_in(output)}" alt="{html.escape(words)}">'
@@ -171,20 +189,22 @@ class Cells:
         number = self.numbers[self.place]
         return (
             f'<figure id="{kind.lower()}-{number}">{shown}<figcaption><b>{kind} '
-            f"{number}.</b> {paragraphs}</figcaption></figure>"
+            f"{number}.</b> {first}</figcaption></figure>{text}"
         )
 
     def _parse(self, text):
         """Return HTML in which all that is left can be typeset."""
-        soup = _soup(text)
+        soup = _soup(SVG.sub(_as_image, text))
+        for tag in soup(["html", "head", "body", "main"]):
+            tag.unwrap()
+        for tag in soup.select(".math:not([data-tex])"):
+            del tag["class"]  # of somebody else's
         for part in soup(string=lambda string: isinstance(string, UNSEEN)):
             part.extract()
         for tag in soup(["style", "title", "meta", "link"]):
             tag.decompose()
         for box in soup("input", type="checkbox"):
             box.replace_with("☒ " if box.has_attr("checked") else "☐ ")
-        for tag in soup("svg"):
-            tag.replace_with(soup.new_tag("img", src=_address(str(tag))))
         for tag in soup(NOT_TEXT):
             tag.replace_with(_soup(self.note(f"an element <{tag.name}>")))
         for image in soup("img"):
@@ -194,6 +214,9 @@ class Cells:
         for link in soup("a", href=re.compile("^#")):
             link["href"] = f"#{self.name}:{unquote(link['href'][1:])}"
         for heading in soup(re.compile("^h[1-6]$")):
+            if not heading.get_text(strip=True):
+                heading.name = "p"  # without a word it is none
+                continue
             self.level = min(int(heading.name[1]), self.level + 1)  # none is left out
             heading.name = f"h{self.level}"
             name = f"{self.name}:{heading.get_text().strip().replace(' ', '-')}"
@@ -255,13 +278,16 @@ class Cells:
         address = image.get("src", "")
         try:
             content, kind = self._read(address)
+            if kind != "svg":
+                width, kind = _points(image, content)
+                image["data-width"] = f"{width:.0f}pt"
             if kind not in PICTURES.values():
                 raise OSError("it is of a type that is not known")
-            if kind != "svg":
-                image["data-width"] = f"{_points(image, content):.0f}pt"
-            elif not ElementTree.fromstring(content).tag.endswith("svg"):
+            if kind == "svg" and not ElementTree.fromstring(content).tag.endswith(
+                "svg"
+            ):
                 raise OSError("it is no SVG")
-        except (OSError, ValueError, SyntaxError) as error:
+        except (*BROKEN, OSError, ValueError, SyntaxError) as error:
             what = f"the picture {address[:60]!r} ({str(error).split('<_io')[0]})"
             image.replace_with(_soup(self.note(what)))
             return
@@ -331,12 +357,28 @@ def picture_in(output):
 SHOWS = {"Figure": picture_in, "Table": _table_in}
 
 
+def printable(text):
+    """Return text without control characters."""
+    return CONTROL.sub("", text.replace("\r\n", "\n").replace("\r", "\n"))
+
+
+def breakable(text):
+    """Return text of which long lines may break, also where no blank is."""
+    return "\n".join(
+        re.sub(r"([.(,]|\S{40})", "\\1\u200b", line) if len(line) > 86 else line
+        for line in text.split("\n")
+    )
+
+
 def clean(text):
     """Return text as a terminal leaves it, without its commands."""
     text = re.sub(r"\x1b\].*?(\x07|\x1b\\)", "", text, flags=re.S)  # titles, links
     lines = strip_ansi(text).replace("\r\n", "\n").split("\n")
     lines = [line.rstrip("\r").rpartition("\r")[2] for line in lines]
-    return CONTROL.sub("", re.sub(r"[^\n]\x08", "", "\n".join(lines)))
+    text, count = "\n".join(lines), 1
+    while count:
+        text, count = re.subn(r"[^\n\x08]\x08", "", text)
+    return printable(text)
 
 
 def split_macros(tex):
@@ -348,8 +390,9 @@ def split_macros(tex):
             depth += {"{": 1, "}": -1}.get(tex[end], 0)
             if not depth and found.start() >= place:
                 kind = "DeclareMathOperator" if "Declare" in found[0] else "newcommand"
-                count = re.findall(r"[#[](\d)", tex[found.end() : begin])[-1:]
-                count = "".join(f"[{number}]" for number in count)
+                count = tex[found.end() : begin].strip()  # [2][default], or #1#2
+                if "#" in count:
+                    count = f"[{count.count('#')}]"
                 macros += f"\\{kind}{{{found[1]}}}{count}{tex[begin : end + 1]}"
                 rest, place = rest + tex[place : found.start()], end + 1
                 break
@@ -368,6 +411,13 @@ def _soup(markup):
     return bs4.BeautifulSoup(markup, "html.parser")
 
 
+def _as_image(svg):
+    text = svg[0]
+    if "xmlns=" not in text:
+        text = text.replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg"', 1)
+    return f'<img src="{_address(text)}">'
+
+
 def _address(svg):
     return f"data:image/svg+xml,{quote(svg)}"
 
@@ -377,14 +427,15 @@ def _pre(kind, text):
 
 
 def _points(image, content):
-    """Return how wide a picture is, as its element says, else by its pixels."""
+    """Return how wide a picture is, as asked or by its pixels, and its type."""
     with Image.open(io.BytesIO(content)) as opened:
         opened.load()
-        pixels = opened.width
+        pixels, height, kind = *opened.size, opened.format.lower()
     asked = re.match(r"([\d.]+)(%?)", str(image.get("width", "")))
-    if asked and asked[2]:
-        return WIDTH * min(100, float(asked[1])) / 100
-    return min(WIDTH, 0.75 * float(asked[1] if asked else pixels))
+    unit = WIDTH / 100 if asked and asked[2] else 0.75
+    width = unit * float(asked[1] if asked else pixels)
+    most = min(WIDTH, 0.9 * HEIGHT * pixels / height)
+    return min(most, width), {"jpeg": "jpg"}.get(kind, kind)
 
 
 def _size(table):
@@ -395,6 +446,6 @@ def _size(table):
             # Longer words are broken
             words = [min(len(word), 20) for word in cell.get_text(" ").split()]
             widths[column] = max([1, widths.get(column, 1), *words])
-    needed = sum(LETTER * width + 12 for width in widths.values())
+    needed = sum(LETTER * width + 12 for width in widths.values()) or 1
     is_turned = WIDTH / needed < 0.6 and len(table("tr")) < 40
-    return min(1, (HEIGHT if is_turned else WIDTH) / needed) if widths else 1, is_turned
+    return min(1, (HEIGHT if is_turned else WIDTH) / needed), is_turned

@@ -10,7 +10,7 @@ local function block(form, ...)
 end
 
 local function string_of(text)
-  return '"' .. text:gsub("\\", "\\\\"):gsub('"', '\\"') .. '"'
+  return '"' .. text:gsub('[\\"]', "\\%0") .. '"'
 end
 
 local function typst(blocks)
@@ -43,7 +43,7 @@ end
 
 local function Link(link)
   local key, name = keys[link.target], link.target:match("^#(.*)")
-  if key then
+  if key and pandoc.utils.stringify(link.content):match("%d%d%d%d") then  -- the year
     return inline('#cite(<%s>, form: "author"), #cite(<%s>, form: "year")', key, key)
   elseif name and targets[name] then
     return inline("#link(%s)[%s]", label(name), typst({ pandoc.Plain(link.content) }))
@@ -53,7 +53,7 @@ local function Link(link)
 end
 
 local function Span(span)
-  if span.classes:includes("note") then
+  if span.classes:includes("left-out") then
     local words = string_of(pandoc.utils.stringify(span.content))
     return inline('#text(style: "italic", fill: luma(90), %s)', words)
   elseif not span.classes:includes("math") then
@@ -64,12 +64,12 @@ local function Span(span)
   local source = attribute(span, "source")
   local math = pandoc.Math(kind, attribute(span, "tex"))
   local inner = typst({ pandoc.Plain({ math }) })
+  local alt = string_of(source:gsub("%s+", " "))
   if not inner:match("^%s*%$") then  -- pandoc cannot convert it
-    return inline('#raw(lang: "tex", %s)', string_of(source))
+    return inline('#raw(lang: "tex", %s)', alt)
   end
   inner = inner:gsub("^%s*%$%s*", ""):gsub("%s*%$[^$]*$", "")
   inner = inner:gsub('("[%a ]+") \\%(', "%1\\(")  -- no gap between operator and bracket
-  local alt = string_of(source:gsub("%s+", " "))
   return inline("#math.equation(block: %s, alt: %s, $%s$)", is_display, alt, inner)
 end
 
@@ -82,15 +82,22 @@ end
 
 -- Runs after the inlines, so formulas and citations of the caption are done
 local function Figure(figure)
+  if figure.identifier == "" then  -- somebody's own
+    return figure.content .. figure.caption.long
+  end
   local content = typst(figure.content):gsub("^#box", "#")
-    :gsub("^#figure%((.*),%s*kind: table%s*%)$", "#{%1}")
+  local _, tables = content:gsub("#figure%(", "")
+  if tables == 1 and not content:find("caption: [", 1, true) then
+    content = content:gsub("^#figure%((.*),%s*kind: table%s*%)$", "#{%1}")
+  end
   local caption, name = typst(figure.caption.long), label(figure.identifier)
   return block("#figure(caption: [%s])[%s] %s", caption, content, name)
 end
 
 local function CodeBlock(code)
   local kind = code.classes[1]
-  if kind == "mark" then return block("// cell %s", code.text) end
+  if kind == "mark" then return block("// cell-of-notebook-c7b1 %s", code.text) end
+  kind = kind and kind:gsub("^lang%-", "")
   local lang = string_of(kind == "source" and "python" or kind or "text")
   return block("#raw(block: true, lang: %s, %s)", lang, string_of(code.text))
 end
@@ -120,8 +127,6 @@ local function Blocks(blocks)
   return found
 end
 
-local function Div(div) return div.content end
-
 -- Columns as wide as their content; a table that is too wide in smaller letters
 local function Table(table)
   for i, spec in ipairs(table.colspecs) do
@@ -136,16 +141,12 @@ local function Table(table)
   return { block(form, size, page), table, block(turned and "]]]" or "]") }
 end
 
-local function HorizontalRule()
-  return block("#line(length: 100%%, stroke: 0.5pt + luma(150))")
-end
+local function Rule() return block("#line(length: 100%%, stroke: 0.5pt + luma(150))") end
 
 return {
   { Pandoc = Pandoc },
   { Blocks = Blocks },
-  { Link = Link, Span = Span, Image = Image, Table = Table },
-  {
-    Figure = Figure, CodeBlock = CodeBlock, Header = Header, Div = Div,
-    HorizontalRule = HorizontalRule,
-  },
+  { Link = Link, Span = Span, Image = Image, Table = Table, HorizontalRule = Rule },
+  { Figure = Figure, CodeBlock = CodeBlock, Header = Header },
+  { Div = function(div) return div.content end },
 }

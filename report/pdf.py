@@ -10,7 +10,7 @@ from pathlib import Path
 import pypandoc
 import typst
 
-from report.cells import Cells
+from report.cells import Cells, breakable
 from report.notebooks import read_notebook
 from report.sync import provenance
 from report.tables import origin, points, result
@@ -28,7 +28,7 @@ LISTINGS = (
 )
 NO_FONT = re.compile(r'text `"(.*?)"` could not be displayed')
 WHERE = re.compile(r"┌─ .*?([^/\\\s]+)\.typ:")
-MARK = re.compile(r"^// cell (\S+)$\n", re.MULTILINE)
+MARK = re.compile(r"^// cell-of-notebook-c7b1 (\S+)$\n", re.MULTILINE)
 STRING = r'"(?:[^"\\]|\\.)*"'
 TEX = re.compile(rf'#raw\(lang: "tex", ({STRING})\)')
 EQUATION = re.compile(
@@ -70,9 +70,8 @@ class Report:
             for tex in TEX.findall(text):
                 self.notes.append(f"{_place(stem)}: the formula {json.loads(tex)!r}")
         self.notes += [note for task in tasks for note in task.notes]
-        code = [
-            (f"{t.name}.ipynb: the cells left out above", t.left_out) for t in tasks
-        ]
+        what = "the cells left out above"
+        code = [(f"{t.name}.ipynb: {what}", t.left_out) for t in tasks if t.left_out]
         code += [(name, [(ROOT / name).read_text("utf-8")]) for name in listings]
         parts = [f'#heading(level: 2, "{n}")\n{_raw(text)}\n' for n, text in code]
         self._write("code", "".join(parts))
@@ -150,21 +149,16 @@ def _place(stem):
 
 
 def _raw(parts, lang="python"):
-    text = json.dumps("\n\n".join(map(str.strip, parts)), ensure_ascii=False)
+    text = breakable("\n\n".join(map(str.strip, parts)))
+    text = json.dumps(text, ensure_ascii=False)
     return f'#raw(block: true, lang: "{lang}", {text})'
 
 
 def to_typst(text):
     """Convert HTML to Typst."""
-    return pypandoc.convert_text(
-        text,
-        to="typst+smart",
-        format="html",
-        extra_args=[
-            f"--lua-filter={HERE / 'filter.lua'}",
-            *("--wrap=none", "--preserve-tabs", "--quiet"),
-        ],
-    )
+    options = ["--wrap=none", "--preserve-tabs", "--quiet"]
+    options.append(f"--lua-filter={HERE / 'filter.lua'}")
+    return pypandoc.convert_text(text, "typst+smart", "html", options)
 
 
 def _facts(submission, notebooks):

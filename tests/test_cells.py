@@ -183,9 +183,40 @@ MARKDOWN = {  # the source, what the PDF shows, what is named
     "quote": ("> quoted 7041\n>> twice", ["quoted 7041", "twice"]),
     "control signs": ("a\x0cb \x1b[31m7041\x1b[0m", ["7041"]),
     "comment": ("before <!-- hidden --> after", ["before after"]),
-    "a caption without its picture": ("**Figure 4.** Of what?", []),
+    "formula in a heading": ("## On $\\alpha$ and $x^2$\n\nmore", ["On α and", "more"]),
+    "formula in a list in a list": ("- one\n  - $\\alpha = 7041$", ["α = 7041"]),
+    "brackets of LaTeX": (r"\\(\alpha = 7041\\)", ["α = 7041"]),
+    "macro with a default": (
+        r"$\newcommand{\f}[2][x]{#1+#2}$ $\f[z]{y} = \f{y}$",
+        ["z + y = x + y"],
+    ),
+    "an element that pandoc reads alone": (
+        "Text <main>7041</main> end",
+        ["Text", "end"],
+    ),
+    "no rows": ("<table></table> 7041", ["7041"]),
+    "a figure of one's own": (
+        "<figure><p>7041</p><figcaption>Mine</figcaption></figure>",
+        ["7041", "Mine"],
+    ),
+    "a class of pandoc": ('<span class="math inline">\\(x\\)</span> 7041', ["7041"]),
+    "a heading without words": ("##\n\n7041", ["7041"]),
+    "a line like a mark": ("```\n// cell 3\n```\n\n7041", ["// cell 3", "7041"]),
+    "a fence of any name": (
+        "```mark\n7041\n```\n```source\n7042\n```",
+        ["7041", "7042"],
+    ),
+    "a paper that is only named": (
+        "[Table 5](https://arxiv.org/abs/2010.11929)",
+        ["Table 5"],
+    ),
+    "figures of others": ("Figure 3 of Vaswani et al.", ["Figure 3 of Vaswani"]),
+    "a long formula": (f"$$ {' + '.join(['a_{12}'] * 60)} $$", ["a12 + a12"]),
+    "a caption without its picture": ("**Figure 4.** Of what?", ["Figure 4. Of what?"]),
     "nothing": ("", []),
     "undefined operator": (r"Then $\argmax_x f$ holds.", [r"\argmax_x f"], "formula"),
+    "undefined over lines": ("$$\n\\argmax_x\nf(x)\n$$", ["argmax"], "formula"),
+    "pasted, but not here": ("![x](attachment:image.png) 7041", ["7041"], "attachment"),
     "unbalanced formula": ("Then $x^{2$ holds 7041.", ["7041"], "formula"),
     "iframe": (
         '<iframe src="https://x.org"></iframe> 7041',
@@ -305,6 +336,15 @@ CODE = {  # what prints or shows something, what the PDF shows, what is named
         ["not shown"],
         "<iframe>",
     ),
+    "many numbers": (
+        "print([round(n / 7041, 9) for n in range(1500)])",
+        ["0.000142025", "0.212895895"],
+    ),
+    "an object": ("class Net: pass\nNet()", ["<__main__.Net at"]),
+    "text in latex": (
+        "from IPython.display import Latex; Latex('So $x = 7041$')",
+        ["So x = 7041"],
+    ),
     "signs": ("print('α ≤ β → 7041')", ["α ≤ β → 7041"]),
     "no last line of a plot": (
         "import matplotlib.pyplot as plt\nplt.plot([1, 2]); plt.title('t')",
@@ -357,6 +397,7 @@ WIDE = {
     "a long word in a table": f"| a | b |\n|---|---|\n| {'x' * 150} | 7041 |",
     "an address": f"Data from https://x.org/{'very-long-path-' * 20}end7041",
     "a word": "y" * 400,
+    "a formula": f"$$ {' + '.join(['a_{12}'] * 60)} $$",
     "a line of code": f"    z = '{'z' * 300}'",
     "inline code": f"So `{'w' * 200}` is.",
 }
@@ -422,6 +463,34 @@ def test_figures_are_numbered_by_order_and_named_as_they_are_typed(typeset):
     assert page.is_accessible
 
 
+def test_what_stands_below_a_caption_stays(typeset):
+    page = typeset(*plot("**Figure 1.** Loss.\n\n- blue: train\n\n## Next\n\nText."))
+    for words in ("Figure 1. Loss.", "• blue: train", "Next", "Text."):
+        assert words in page.text
+    assert page.notes == ""
+
+
+TABLE = "| n | m |\n|---|---|\n" + "".join(f"| row{n} | {n} |\n" for n in range(90))
+TABLES = {
+    "captioned": {"text/markdown": TABLE},
+    "captioned itself": {
+        "text/html": "<table><caption>Own</caption><tr><td>7041</td></tr></table>"
+    },
+    "two": {"text/html": "<table><tr><td>7041</td></tr></table>" * 2},
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_tables_of_any_length_and_kind_get_captions(typeset, name):
+    output = new_output("display_data", TABLES[name])
+    caption = new_markdown_cell("**Table 1.** Of rows.")
+    page = typeset(new_code_cell("x", outputs=[output]), caption)
+    assert "Table 1. Of rows." in page.text
+    assert ("row89" if name == "captioned" else "7041") in page.text
+    assert page.notes == ""
+    page.assert_readable()
+
+
 def test_a_cell_that_typst_refuses_costs_only_itself(typeset, monkeypatch):
     to_typst = pdf.to_typst
     spoiled = [("7041", "#nonsense()"), ("$alpha + 1$", "$nonsense.of.it$")]
@@ -449,7 +518,7 @@ def test_what_cannot_be_accessible_is_a_pdf_all_the_same(typeset, monkeypatch):
     monkeypatch.setattr(
         pdf,
         "to_typst",
-        lambda *_: f'// cell mine-1\n#image(bytes("{SVG}"))\n7041',
+        lambda *_: f'// cell-of-notebook-c7b1 mine-1\n#image(bytes("{SVG}"))\n7041',
     )
     page = typeset()
     assert "7041" in page.text
