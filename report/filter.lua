@@ -141,7 +141,7 @@ local function Table(table)
   return { block(form, size, page), table, block(turned and "]]]" or "]") }
 end
 
-local function Rule() return block("#line(length: 100%%, stroke: 0.5pt + luma(150))") end
+local function Rule() return block("#line(length: 100%%, stroke: luma(150))") end
 
 return {
   { Pandoc = Pandoc },
