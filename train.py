@@ -111,16 +111,16 @@ def main(arguments=None):
     own = {name: getattr(given, name, None) for name in preset}
     own = {name: value for name, value in own.items() if value is not None}
     settings = {**preset, **own}
+    folder = given.run or training.default_folder(settings)
     try:
         if given.verify:
             model = vt.VisionTransformer().to(device)
-            folder = given.run or training.default_folder(settings)
             wanted = {"dataset": vt.CIFAR10.__name__, **own}  # no demo's images here
             model, history = records.load_record(folder, wanted, model)
             if model is not None:
                 dataset.fetch(vt.CIFAR10, given.cache_dir)
         else:
-            model, history = vt.train_run(settings, given.cache_dir, device, given.run)
+            model, history = vt.train_run(settings, given.cache_dir, device, folder)
         print(records.summary(history, folder))
         predictions = analysis.predict_test_images(
             vt.CIFAR10, given.cache_dir, model, device
