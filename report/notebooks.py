@@ -105,7 +105,7 @@ def execute(notebook, name, timeout=CELL_SECONDS, client=NotebookClient):
         # Not client.execute(), which replaces the handling of Ctrl-C
         with (
             tempfile.TemporaryDirectory() as settings,
-            client.setup_kernel(env=_environment(settings)),
+            client.setup_kernel(cleanup_kc=True, env=_environment(settings)),
         ):
             for number, cell in enumerate(bar, 1):
                 client.execute_cell(cell, number - 1)

@@ -7,6 +7,7 @@ import re
 from unittest import mock
 
 import nbformat
+import psutil
 import pytest
 from conftest import ROOT, run_script
 
@@ -86,6 +87,8 @@ def test_a_failing_cell_is_named(source, line, said):
     text = source.splitlines()[line - 1]
     expected = f"x.ipynb, cell 2, line {line}:\n    {text}\n{said}"
     assert str(caught.value).startswith(expected)
+    commands = [child.cmdline() for child in psutil.Process().children()]
+    assert not [c for c in commands if "ipykernel_launcher" in c], "none is left behind"
 
 
 @pytest.mark.fault("failing notebook cell")
