@@ -14,7 +14,7 @@ from conftest import ROOT, only_files, replace_in, run_script
 from small_run import small_model
 
 import train
-from support import records
+from support import records, training
 
 GRADED = ("attention.py", "vision_transformer.py")
 ALLOWED = {"torch", "torchvision", "einops", "attention"} | sys.stdlib_module_names
@@ -154,7 +154,8 @@ def test_train_does_what_the_command_line_asks_for(workplace, monkeypatch, capsy
         ("--batch-size 7 --seed 3", {**default, "batch_size": 7, "seed": 3}, None),
     ):
         assert train.main(arguments.split()) == 1
-        train_run.assert_called_with(settings, "./data", mock.ANY, folder)
+        where = folder or training.default_folder(settings)
+        train_run.assert_called_with(settings, "./data", mock.ANY, where)
     assert capsys.readouterr().out.count("error: that is all") == 4
 
 
