@@ -14,7 +14,6 @@ from report.pdf import LISTINGS, make_pdf
 from report.student import tomllib
 from report.sync import SCRIPTS, bring_together, first_not_executed
 from support.records import (
-    FORMER,
     HISTORY_NAME,
     TRIALS_TABLE,
     WEIGHTS_NAME,
@@ -36,8 +35,7 @@ python recipe_check.py           compares our training with a plain loop of the 
                                  on generated images, in a minute or two
 python train.py --verify         validates the recorded weights, if the ZIP has them
 python train.py                  the training of the exercise: hours without a GPU
-jupyter lab                      both notebooks; Run All shows the recorded run again,
-                                 beside that of an earlier version, in bench/
+jupyter lab                      both notebooks; Run All shows the recorded run again
 
 The first two need Python 3.8 or newer, torch 2.0 or newer, torchvision and einops. All
 else needs Python 3.10 or newer, `pip install -r requirements.txt`, and CIFAR-10 in
@@ -124,14 +122,13 @@ def _members(submission, weights, pictures):
         *map(Path, LISTINGS),
         *(submission.run / name for name in record),
         *pictures,
+        *filter(Path.is_file, [TRIALS_TABLE]),
     ]
-    extra = (FORMER, TRIALS_TABLE)  # which the notebook shows, where they are there
     project = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))
     needed = [entry.split(",")[0] for entry in project["dependency-groups"]["run"]]
     readme = README.format(stem=submission.student.stem)
     return {
         **{path.as_posix(): path.read_bytes() for path in files},
-        **{path.as_posix(): path.read_bytes() for path in extra if path.is_file()},
         **{f"course/{p.name}": p.read_bytes() for p, _ in executed()},
         **{p.name: p.read_bytes() for p in [*submission.notebooks, submission.pdf]},
         "README.txt": readme.encode(),

@@ -6,7 +6,6 @@ A ``plot_...`` function returns a figure. Where the model or its predictions are
 
 import csv
 import functools
-import json
 import math
 import statistics
 from pathlib import Path
@@ -33,7 +32,7 @@ from support.analysis import (
     rollout,
     saved_for_backward,
 )
-from support.records import FORMER, TRIALS_TABLE, describe, first_epoch_at
+from support.records import TRIALS_TABLE, first_epoch_at
 from vision_transformer import VisionTransformer
 
 BLUE, ORANGE, SKY, YELLOW, GREY = "#0072B2", "#D55E00", "#56B4E9", "#E69F00", "0.45"
@@ -277,36 +276,6 @@ def plot_training(history):
     right.set(xlabel="epoch", ylabel="validation accuracy / %", ylim=(lowest, None))
     right.xaxis.get_major_locator().set_params(integer=True)
     for ax in (left, right):
-        ax.grid(alpha=0.3)
-        ax.legend()
-    return figure
-
-
-def plot_before_and_after(history, before=FORMER):
-    """Plot a run against that of an earlier version, read from its history."""
-    if not Path(before).is_file():
-        print(f"Not shown (before and after): {before} is not here.")
-        return None
-    former = json.loads(Path(before).read_text(encoding="utf-8"))
-    if describe(former) != describe(history):
-        print(f"Not shown (before and after): the earlier run is {describe(former)}.")
-        return None
-    figure, (left, right) = _panels(1.9)
-    for run, name, color in ((former, "before", GREY), (history, "after", BLUE)):
-        n_epochs = len(run["val_accs"])
-        epochs = np.arange(1, n_epochs + 1)
-        losses = np.reshape(run["train_losses"], (n_epochs, -1)).mean(axis=1)
-        left.plot(epochs, losses, color=color, label=name)
-        for key, style, how in (
-            ("val_accs_eval", "--", "model.eval()"),
-            ("val_accs", "-", "recipe"),
-        ):
-            percent = [100 * accuracy for accuracy in run[key]]
-            right.plot(epochs, percent, style, color=color, label=f"{name}, {how}")
-    left.set(xlabel="epoch", ylabel="training cross-entropy / nats", ylim=(0, None))
-    right.set(xlabel="epoch", ylabel="validation accuracy / %")
-    for ax in (left, right):
-        ax.xaxis.get_major_locator().set_params(integer=True)
         ax.grid(alpha=0.3)
         ax.legend()
     return figure

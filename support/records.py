@@ -33,7 +33,6 @@ PRESETS = {"default": DEFAULT, "quick": QUICK}
 RUNS = Path("runs")
 RECORD, QUICK_RECORD = RUNS / "exercise", RUNS / "quick"
 TRIALS_TABLE = RUNS / "trials.csv"  # what short runs reached
-FORMER = Path("bench", "former", "default.json")  # of an earlier version
 HISTORY_NAME = "history.json"
 WEIGHTS_NAME = "vision_transformer.safetensors"
 PROBE_TOLERANCE = 1e-3
