@@ -52,12 +52,10 @@ OPTIONS = {
     "BATCH_SIZE": (("train",), "images in a step"),
     "LR": (("train",), "learning rate"),
     "SEED": (("train",), "of all random numbers"),
-    "CPU": (None, "CPU=1 takes PyTorch without CUDA, whatever driver is there"),
-    "CUDA": (None, "CUDA=1 takes the package index's own, on Linux with CUDA"),
     "VENV": (None, "folder of the environment, instead of .venv"),
 }
-CHOICES = dict.fromkeys(("WEIGHTS", "CPU", "CUDA"), ("1", "0"))
-CHOICES["KEEP"] = ("notebook", "script")
+CHOICES = {"WEIGHTS": ("1", "0"), "KEEP": ("notebook", "script")}
+BACKEND = "UV_TORCH_BACKEND"  # uv's own: which build of PyTorch it takes
 ANSWER_SECONDS = 60  # for a package index to answer
 
 
@@ -87,18 +85,16 @@ def ensure_environment():
             f"Python 3.10 or newer is needed, this is {platform.python_version()}: "
             "give another one, as in `make report PYTHON=python3.12`."
         )
-    folder, build = environment_folder(), asked_build()
+    folder = environment_folder()
     python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     is_broken = not python.exists()  # perhaps a Python that was upgraded
     is_other = is_broken and not (folder / "pyvenv.cfg").exists()
     if is_other and folder.exists() and any(folder.iterdir()):
         fail(f"VENV={folder} holds something else: choose an empty folder")
     stamp = folder / "requirements.sha256"
-    requirements = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    wanted = hashlib.sha256(requirements.encode()).hexdigest()
-    made = stamp.read_text(encoding="utf-8") if stamp.exists() else ""
-    is_current = made.startswith(wanted) if build == "auto" else made == wanted + build
-    if is_current and not is_broken:
+    requirements = (ROOT / "pyproject.toml").read_bytes()
+    wanted = hashlib.sha256(requirements).hexdigest()
+    if not is_broken and stamp.exists() and stamp.read_text("utf-8") == wanted:
         return python
 
     print(f"Setting up {folder.name}: a few minutes, once.", flush=True)
@@ -106,25 +102,14 @@ def ensure_environment():
     set_up("the environment", [sys.executable, "-m", "venv", *clear, str(folder)])
     pip = [str(python), "-m", "pip", "--disable-pip-version-check", "install"]
     set_up("uv, which installs the rest", [*pip, "--quiet", "uv>=0.8,<1"])
-    options = [] if build == "cuda" else [f"--torch-backend={build}"]
-    if made and build != "auto":  # and what only the other build needs goes
-        both = ("torch", "torchvision")
-        options += ["--exact", *(f"--reinstall-package={name}" for name in both)]
     install = install_command(python, "test")
-    if build != "cuda" and not answers([*install, *options, "--dry-run"]):
+    os.environ.setdefault(BACKEND, "auto")  # which fits the driver
+    if not answers([*install, "--dry-run"]):
         print("  PyTorch's index does not answer: on Linux, CUDA comes along (5 GB).")
-        options = []
-    set_up("all packages", [*install, *options])
-    stamp.write_text(wanted + build, encoding="utf-8")
+        del os.environ[BACKEND]
+    set_up("all packages", install)
+    stamp.write_text(wanted, encoding="utf-8")
     return python
-
-
-def asked_build():
-    """Return the build of PyTorch that is asked for: "cpu", "cuda" or "auto"."""
-    asked = [name for name in ("cpu", "cuda") if os.environ.get(name.upper()) == "1"]
-    if len(asked) > 1:
-        fail("CPU=1 and CUDA=1 exclude each other")
-    return asked[0] if asked else "auto"
 
 
 def install_command(python, group):
@@ -202,6 +187,11 @@ def run_inside(name):
             if name == "lab":
                 with file_errors(script):
                     os.utime(script)  # jupytext wants it to be the newer one
+                continue
+            try:
+                compile(script.read_bytes(), script, "exec")
+            except SyntaxError as error:
+                fail(f"{script}, line {error.lineno}: {error.msg}")
         if name == "course":
             from report.course import run_course
 
@@ -308,14 +298,13 @@ def main(arguments):
     """Run one command, given as on the command line; return its exit code."""
     words = [word for word in arguments if "=" not in word]
     given = dict(word.split("=", 1) for word in arguments if "=" in word)
-    os.environ.update(given)
     # make hands its own over by the environment, as a shell does what it exports
     typed = os.environ.get("MAKEFLAGS", "").partition("-- ")[2]
-    given.update(dict.fromkeys(re.findall(r"(?:^| )([A-Za-z_]+)=", typed)))
-    given.pop("PYTHON", None)
-    for name in given:
+    names = {*given, *re.findall(r"(?:^| )([A-Za-z_]+)=", typed)} - {"PYTHON"}
+    for name in names:
         if name not in OPTIONS:
-            fail(f"{name} is no option: {meant(name.upper(), OPTIONS)}")
+            fail(f"{name!r} is no option: {meant(name.upper(), OPTIONS)}")
+    os.environ.update(given)
     if not words or words[0] in ("help", "-h", "--help"):
         usage()
         return 0
@@ -325,11 +314,11 @@ def main(arguments):
         fail(f"{words!r} is no command: {meant(words.lower(), known)}")
     [name] = words
     for option, (commands, _) in OPTIONS.items():
-        if option in given and commands and name not in commands:
+        if option in names and commands and name not in commands:
             fail(f"{option} is no option of {name}, but of {', '.join(commands)}")
         value = os.environ.get(option)
         # Other programs have variables of these names, too
-        if value is None or not (option in given or name in (commands or ())):
+        if value is None or not (option in names or name in (commands or ())):
             continue
         if value not in CHOICES.get(option, (value,)):
             fail(f"{option}={value} is not one of {', '.join(CHOICES[option])}")
@@ -342,8 +331,6 @@ def main(arguments):
     elif name == "setup":
         if not is_inside:
             ensure_environment()
-        elif asked_build() != "auto":
-            fail("an environment cannot replace itself: `deactivate` first")
         print(f"{environment_folder().name} is ready.")
     elif is_inside and os.environ == own_variables():
         sys.path.insert(0, str(ROOT))

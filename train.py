@@ -9,6 +9,7 @@ A run can be interrupted at any time; the same command continues it.
 
 import argparse
 import math
+import sys
 
 import torch
 from torch.utils.data import DataLoader
@@ -68,6 +69,7 @@ def parse_arguments(arguments=None):
         default=vt.DATASET_CACHE_DIR,
         help="folder of CIFAR-10 (default: %(default)s)",
     )
+    parser.error = lambda message: sys.exit(f"error: {message}")  # without the usage
     return parser.parse_args(arguments)
 
 

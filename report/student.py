@@ -57,8 +57,8 @@ def read_student(path=STUDENT_FILE, environment=os.environ):
         ) from error
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{Path(path).name} cannot be read ({error}): each value needs quotes, as "
-            'in surname = "Meier"'
+            f"{Path(path).name} cannot be read ({error}): it has lines like "
+            'surname = "Meier", with quotes'
         ) from error
     for key in stored.keys() - set(KEYS):
         meant = difflib.get_close_matches(key.lower(), KEYS, 1, 0.75) or KEYS
