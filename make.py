@@ -25,7 +25,7 @@ FIRST = {
     "lab": "open the notebooks in JupyterLab",
 }
 OTHERS = {
-    "setup": "make the environment .venv, as every other command does by itself",
+    "setup": "make .venv, as the others do; UV_TORCH_BACKEND=cpu does without CUDA",
     "train": "train the run of the exercise or another, or continue it",
     "course": "execute the course's own notebook, with our classes in place of its",
     "verify": "validate recorded weights on the test images again",

@@ -9,6 +9,7 @@ process waits would let two of them train the same run.
 """
 
 import contextlib
+import ctypes
 import datetime
 import errno
 import hashlib
@@ -60,6 +61,7 @@ from support.records import (
 
 CHECKPOINT_NAME = "checkpoint.pt"
 LOOK_EVERY = 50  # steps: to read a loss waits for the GPU
+CPUINFO = Path("/proc/cpuinfo")  # Linux
 # How torch begins to say that memory or a worker is gone; </torch_ is in /dev/shm
 EXHAUSTED = r"DataLoader worker \(pid|</torch_|out of memory|allocate memory"
 
@@ -128,6 +130,21 @@ def use_quick_dropout(model):
         for name, child in module.named_children():
             if type(child) is nn.Dropout:
                 setattr(module, name, QuickDropout(child.p).train(child.training))
+
+
+# --- Speed on a CPU ---------------------------------------------------
+
+
+def mkl_is_told():
+    """Return whether MKL takes every processor for one of Intel's, see the README."""
+    here = sys.platform == "linux" and ctypes.CDLL(None)
+    return hasattr(here, "mkl_serv_intel_cpu_true")  # where PyTorch's own is not seen
+
+
+def is_held_back():
+    """Return whether MKL leaves the AVX-512 units of an AMD processor idle."""
+    facts = CPUINFO.read_text("utf-8") if CPUINFO.is_file() else ""
+    return "AuthenticAMD" in facts and "avx512f" in facts and not mkl_is_told()
 
 
 # --- Progress ---------------------------------------------------------
@@ -224,6 +241,7 @@ class Run:
         self.folder = Path(folder or default_folder(self.settings))
         self.history = None
         self.epochs_done = 0  # which are saved, and need not be trained again
+        self._pace = None  # seconds of the first steps
 
     @property
     def is_finished(self):
@@ -264,6 +282,11 @@ class Run:
                 f"The run ({settings}) {start}; it is stored in {self.folder}. Without "
                 "a GPU, an epoch of CIFAR-10 takes minutes, and 50 take hours."
             )
+            if self.device == "cpu" and is_held_back():
+                self._say(
+                    "PyTorch's MKL leaves the AVX-512 units of this AMD processor "
+                    "idle: the README says how it uses them, and takes far less time."
+                )
             self._begin_epoch()
             try:
                 with interruption_waits(model), self.bar:
@@ -298,6 +321,8 @@ class Run:
         if self.bar.update() or step % LOOK_EVERY == 0:
             self._check("loss", loss.item())
             self.bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
+        if step % LOOK_EVERY == 0:
+            self._watch_pace()
         if step == self.steps_per_epoch:
             self.bar.set_postfix_str("validating")
 
@@ -338,12 +363,25 @@ class Run:
                 f"{self.epochs_done} epochs are saved in {self.folder}"
             )
 
+    def _watch_pace(self):
+        """Say once when steps take three times as long as the first ones did."""
+        now = time.perf_counter()
+        seconds, self._since = now - self._since, now
+        self._pace = self._pace or seconds
+        if seconds > 3 * self._pace:
+            self._pace = math.inf
+            self._say(
+                "Steps take three times as long as the first ones: beside another busy "
+                "program, threads wait for each other. It goes on, but end the other."
+            )
+
     def _say(self, line):
         with tqdm.external_write_mode(sys.stdout):  # above the bar
             say(line)
 
     def _begin_epoch(self):
         self._losses, self._start = [], time.perf_counter()
+        self._since = self._start
         self.bar.set_postfix_str("", refresh=False)
 
     @contextlib.contextmanager
@@ -415,7 +453,8 @@ class Run:
         self.history.update(
             seconds=sum(self.history["epoch_seconds"]),
             device=self.device,
-            machine=f"{name}, {torch.get_num_threads()} threads, {platform.system()}",
+            machine=f"{name}, {torch.get_num_threads()} threads, {platform.system()}"
+            + ", MKL told that it is Intel's" * mkl_is_told(),
             versions={
                 "python": platform.python_version(),
                 "torch": torch.__version__,
