@@ -4,10 +4,10 @@ Choices and ablations never look at the test images: 5,000 of the 50,000 trainin
 are held out, and every trial is judged by them. It trains on ``images`` of the others,
 for ``epochs`` passes. The seeds are whole quick runs by the recipe.
 
-In ``bench/former`` are the run of an earlier version, with branches of full size, and one
-of the present model with the paper's dropout that was broken off. Screens and finals
-were run with code that drew the same weights in another order, so to run them again
-gives other numbers.
+In ``bench/former`` are the run of an earlier version, with branches of full size, and
+one of this model with the paper's dropout that was broken off. Screens and finals were
+run with code that drew the same weights in another order, so to run them again gives
+other numbers.
 
 ``patches`` are of a model that may come next, whose patch embedding begins as what
 photographs consist of. They have begun only.
