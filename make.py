@@ -345,5 +345,5 @@ if __name__ == "__main__":
     try:
         sys.exit(main(sys.argv[1:]))
     except KeyboardInterrupt:
-        print("\nInterrupted; the same command continues.", file=sys.stderr)
+        print("\nInterrupted: type the same again to go on.", file=sys.stderr)
         sys.exit(130)

@@ -5,6 +5,7 @@ stored only when every cell succeeded.
 """
 
 import datetime
+import logging
 import os
 import platform
 import re
@@ -109,6 +110,9 @@ def execute(notebook, name, timeout=CELL_SECONDS, client=NotebookClient):
         ):
             for number, cell in enumerate(bar, 1):
                 client.execute_cell(cell, number - 1)
+    except KeyboardInterrupt:
+        logging.getLogger("asyncio").disabled = True  # that a task was left undone
+        raise
     except CellExecutionError as error:
         traceback = strip_ansi(error.traceback)
         why, cause = strip_ansi(f"{error.ename}: {error.evalue}"), error
