@@ -748,8 +748,8 @@ def train_run(settings, cache_dir, device, folder=None, dataset=CIFAR10):
 # blocks ([Radford et al.,
 # 2019](https://d4mucfpksywv.cloudfront.net/better-language-models/language-models.pdf))
 # 45.5 %, instead of 48.5 % with branches that begin at zero. Longer runs on 5,000
-# images compared what was left, and what it is made of (Table 2). Each run has one seed
-# unless the table says more. Near 55 % the standard error of one accuracy is 0.7
+# images compared what was left, and models that lack a part (Table 2). Each has one
+# seed unless the table says more. Near 55 % the standard error of one accuracy is 0.7
 # points, so small differences mean nothing. `runs/trials.csv` has all of them.
 
 # %% tags=["active-ipynb", "appendix"]

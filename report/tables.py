@@ -67,9 +67,9 @@ def result(history):
     reached = f"70% was reached in epoch {first}." if first else "70% was not reached."
     error = 100 * math.sqrt(recipe[-1] * (1 - recipe[-1]) / 10_000)
     return (
-        f"After {len(recipe)} epochs the model classifies {recipe[-1]:.1%} of the test "
+        f"After {len(recipe)} epochs the model classifies {recipe[-1]:.2%} of the test "
         f"images correctly by the recipe, which validates with dropout active, and "
-        f"{evaluated[-1]:.1%} with model.eval(). {reached} The means of the last ten "
+        f"{evaluated[-1]:.2%} with model.eval(). {reached} The means of the last ten "
         f"epochs are {statistics.mean(recipe[-10:]):.1%} and "
         f"{statistics.mean(evaluated[-10:]):.1%}. Each figure has a standard error of "
         f"{error:.1f} points, from 10,000 images; the run has one seed."
