@@ -1,6 +1,7 @@
 """Scripts and notebooks edited on either side: nothing that was written is lost."""
 
 import base64
+import contextlib
 import json
 import re
 import shutil
@@ -13,15 +14,16 @@ import jupytext
 import nbformat
 import pytest
 from conftest import ROOT, STUDENT, copy_project, edited_notebook, replace_in
+from nbformat.v4 import new_code_cell, new_markdown_cell
 
-from report import build, bundle, notebooks, sync
+from report import build, notebooks, sync
 from report.build import Submission
 from support import records
 from support.records import UserError
 
 SCRIPT, NOTEBOOK = Path("attention.py"), Path("attention.ipynb")
-SIDES = sync.SIDES
-fault = pytest.mark.fault("edited script or notebook")
+PATHS = {"notebook": NOTEBOOK, "script": SCRIPT}
+pytestmark = pytest.mark.fault("edited script or notebook")
 
 
 @pytest.fixture(scope="module")
@@ -32,31 +34,33 @@ def light(tmp_path_factory):
         with edited_notebook(path) as notebook:
             for cell in notebook.cells:
                 if cell.cell_type == "code" and "(record " not in str(cell.outputs):
-                    output = nbformat.v4.new_output("stream", text="as executed")
-                    cell.outputs = [output]
+                    cell.outputs = [nbformat.v4.new_output("stream", text="as run")]
     return folder
 
 
-@pytest.fixture
-def edited(light, tmp_path, executed, monkeypatch):
+@pytest.fixture(autouse=True)
+def _edited(light, tmp_path, executed, monkeypatch):
     """A fresh copy of it as the working directory, with stand-ins for slow work."""
     monkeypatch.chdir(shutil.copytree(light, tmp_path / "Übung 11 ä"))
     monkeypatch.setattr(build, "fetch", lambda *_: None)
-    for module in (build, bundle):
-        monkeypatch.setattr(
-            module, "make_pdf", lambda s: s.pdf.write_bytes(b"a PDF") * []
-        )
-    monkeypatch.setattr(bundle, "_test_as_grader", lambda *_: None)
+    monkeypatch.setattr(build, "make_pdf", lambda _: None)
 
 
-def submission():
-    return Submission.of(STUDENT)
+def report():
+    build.report(Submission.of(STUDENT))
 
 
-COMMANDS = {
-    "report": lambda keep: build.report(submission(), keep),
-    "zip": lambda keep: bundle.make_zip(submission(), weights=False, keep=keep),
-}
+def together(keep=None):
+    sync.bring_together(SCRIPT, NOTEBOOK, keep)
+
+
+@contextlib.contextmanager
+def refused(said):
+    """Assert that something is refused, and that nothing was written."""
+    before = NOTEBOOK.read_bytes(), SCRIPT.read_bytes()
+    with pytest.raises(UserError, match=said) as caught:
+        yield caught
+    assert (NOTEBOOK.read_bytes(), SCRIPT.read_bytes()) == before
 
 
 def read(path):
@@ -73,6 +77,13 @@ def tags_of(path, text):
     return cell.metadata.get("tags", [])
 
 
+def imported():
+    """Return what importing the script defines."""
+    scope = {"__name__": "attention"}
+    exec(compile(read(SCRIPT), "attention.py", "exec"), scope)
+    return scope
+
+
 # --- Edits, as people make them ------------------------------------------------------
 
 
@@ -86,9 +97,9 @@ def in_code(cells, mark):
 
 def new_cells(cells, mark):
     function = "SCALE = 2.0\n\n\ndef helper(x):\n    return SCALE * x"
-    cells.insert(1, nbformat.v4.new_markdown_cell(f"### {mark}\n\n- one\n- two"))
-    cells.insert(6, nbformat.v4.new_code_cell(function))
-    cells.append(nbformat.v4.new_code_cell(f'%matplotlib inline\nprint("{mark}")\n!ls'))
+    cells.insert(1, new_markdown_cell(f"### {mark}\n\n- one\n- two"))
+    cells.insert(6, new_code_cell(function))
+    cells.append(new_code_cell(f'%matplotlib inline\nprint("{mark}")\n!ls'))
 
 
 def deleted(cells, mark):
@@ -118,7 +129,6 @@ def plain(notebook):
 
 
 def vs_code(notebook):
-    notebook.metadata["vscode"] = {"interpreter": {"hash": "0"}}
     for cell in notebook.cells:
         cell.pop("id", None)
         cell.metadata["vscode"] = {"languageId": "python"}
@@ -146,133 +156,95 @@ def with_windows_line_ends(notebook):
 EDITORS = [plain, vs_code, colab, a_later_format, with_windows_line_ends]
 
 
-def edit_notebook(edit, mark, editor=plain):
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
-    edit(notebook.cells, mark)
+def change(side, edit, *arguments, editor=plain):
+    notebook = jupytext.read(PATHS[side])
+    edit(notebook.cells, *arguments)
+    if side == "script":
+        SCRIPT.write_text(jupytext.writes(notebook, fmt="py:percent"), "utf-8")
+        return
     editor(notebook)
     text = json.dumps(notebook, indent=2, ensure_ascii=False)
     end = "\r\n" if editor is with_windows_line_ends else "\n"
     NOTEBOOK.write_text(text, encoding="utf-8", newline=end)
 
 
-def edit_script(edit, mark, editor=plain):
-    notebook = jupytext.read(SCRIPT)
-    edit(notebook.cells, mark)
-    text = jupytext.writes(notebook, fmt="py:percent")
-    SCRIPT.write_text(text, encoding="utf-8")
-
-
 def copies():
-    return [read(path) for path in sync.KEPT.glob("*")] if sync.KEPT.exists() else []
+    return [read(path) for path in sync.KEPT.glob("*")]
 
 
-def run(command, keep=None):
-    """Run a command; return whether it had something to refuse."""
-    try:
-        COMMANDS[command](keep)
-    except UserError as error:
-        assert "make report" in str(error) or "KEEP=" in str(error)
-        return True
-    return False
-
-
-@fault
-@pytest.mark.parametrize("side", [edit_notebook, edit_script])
+@pytest.mark.parametrize("side", PATHS)
 @pytest.mark.parametrize("edit", EDITS)
-def test_no_edit_is_lost(edited, edit, side):
+def test_no_edit_is_lost(edit, side):
     mark, number = "edited by me", EDITS.index(edit)
     before = read(SCRIPT).splitlines()
-    side(edit, mark, EDITORS[number % len(EDITORS)])
-    written = texts_in(NOTEBOOK if side is edit_notebook else SCRIPT)
-    command = list(COMMANDS)[number % len(COMMANDS)]
-    was_refused = run(command, "script" if number % 2 else None)  # nothing to decide
-    assert not was_refused or command == "zip"
+    change(side, edit, mark, editor=EDITORS[number % len(EDITORS)])
+    written = texts_in(PATHS[side])
+    report()
     assert mark in "".join(written)
     assert texts_in(SCRIPT) == texts_in(NOTEBOOK) == written
     now = read(SCRIPT).splitlines()
     if edit is in_code:  # and nothing else changes, no empty line either
         assert [line for line in now if mark not in line] == before
-    if side is edit_script:
+    if side == "script":
         assert copies() == []
     else:  # what was deleted is kept, too
         assert set(before) <= set("\n".join([*now, *copies()]).splitlines())
 
 
-@fault
-@pytest.mark.parametrize("keep", SIDES)
-@pytest.mark.parametrize("command", COMMANDS)
-def test_where_both_were_edited_one_is_chosen_and_the_other_kept(edited, command, keep):
-    edit_notebook(in_a_sentence, "mine in the notebook")
-    edit_script(lambda *given: in_a_sentence(*given, place=3), "mine in the script")
-    before = NOTEBOOK.read_bytes(), SCRIPT.read_bytes()
-    with pytest.raises(UserError, match=r"KEEP=notebook or KEEP=script") as caught:
-        COMMANDS[command](None)
+@pytest.mark.parametrize("keep", PATHS)
+def test_where_both_were_edited_one_is_chosen_and_the_other_kept(keep):
+    change("notebook", in_a_sentence, "mine in the notebook")
+    change("script", in_a_sentence, "mine in the script", 3)
+    with refused(r"KEEP=notebook or KEEP=script") as caught:
+        together()
     named = re.findall(r'cell \d+ of (\S+) \(".+?"\)', str(caught.value))
     assert named == ["attention.ipynb", "attention.py"], "only what was edited there"
-    assert (NOTEBOOK.read_bytes(), SCRIPT.read_bytes()) == before
-    assert not run(command, keep)
+    together(keep)
     [copy] = copies()
-    assert ("mine in the notebook" in copy) == (keep == "script")
-    assert ("mine in the script" in copy) == (keep == "notebook")
-    assert f"mine in the {keep}" in read(SCRIPT)
-    assert f"mine in the {keep}" in "".join(texts_in(NOTEBOOK))
-    assert not run(command), "it is settled"
+    for side in PATHS:
+        assert (f"mine in the {side}" in copy) == (side != keep)
+        assert (f"mine in the {side}" in read(SCRIPT)) == (side == keep)
+    assert texts_in(SCRIPT) == texts_in(NOTEBOOK)
+    together()  # it is settled
 
 
-@fault
-def test_a_notebook_whose_checksum_is_gone_is_not_judged(edited):
+def test_a_notebook_whose_checksum_is_gone_is_not_judged():
     with edited_notebook() as notebook:
         del notebook.metadata["provenance"]
-    sync.bring_together(SCRIPT, NOTEBOOK)  # they agree: nothing to decide
-    edit_notebook(in_a_sentence, "mine")
-    sync.bring_together(SCRIPT, NOTEBOOK)
+    together()  # they agree: nothing to decide
+    change("notebook", in_a_sentence, "mine")
+    together()
     assert "mine" in read(SCRIPT)
     with edited_notebook() as notebook:
         del notebook.metadata["provenance"]
         notebook.cells[0].source += "\n\nMine, too."
-    with pytest.raises(UserError, match="KEEP=script"):
-        sync.bring_together(SCRIPT, NOTEBOOK)
+    with refused("KEEP=script"):
+        together()
 
 
-@fault
-@pytest.mark.parametrize(
-    "content",
-    [
-        *(b"", b"<<<<<<< HEAD\n", b"\xff"),
-        b'{"cells": null, "metadata": {}, "nbformat": 4, "nbformat_minor": 5}',
-    ],
-)
-def test_what_is_no_notebook_is_left_as_it_is(edited, content):
+@pytest.mark.parametrize("content", [b"", b"<<<<<<< HEAD", b"\xff", b'{"cells": null}'])
+def test_what_is_no_notebook_is_left_as_it_is(content):
     NOTEBOOK.write_bytes(content)
-    for command in COMMANDS.values():
-        with pytest.raises(UserError, match="restore it, or move it away"):
-            command(None)
-    assert NOTEBOOK.read_bytes() == content
+    with refused("restore it, or move it away"):
+        together()
 
 
-@fault
-def test_tags_come_from_the_script_and_importing_still_only_defines(edited):
+def test_tags_come_from_the_script_and_importing_still_only_defines():
     for edit in (new_cells, in_code):
-        edit_notebook(edit, edit.__name__, colab)
-        sync.bring_together(SCRIPT, NOTEBOOK)
+        change("notebook", edit, edit.__name__, editor=colab)
+        together()
     assert tags_of(SCRIPT, "def helper") == []
     assert tags_of(SCRIPT, 'print("new_cells")') == ["active-ipynb"]
-    assert tags_of(SCRIPT, "plot_cost") == ["active-ipynb", "appendix"]
-    assert tags_of(NOTEBOOK, "plot_cost") == ["active-ipynb", "appendix"]
-    text = read(SCRIPT)
-    assert "\ndef helper(x):\n" in text
-    assert '\n# print("new_cells")\n' in text
-    assert "colab" not in text
-    scope = {"__name__": "attention"}
-    exec(compile(text, "attention.py", "exec"), scope)
-    assert scope["helper"](1) == scope["SCALE"] == 2.0
+    for path in PATHS.values():
+        assert tags_of(path, "plot_cost") == ["active-ipynb", "appendix"]
+    assert "colab" not in read(SCRIPT)
+    assert imported()["helper"](1) == 2.0
     with edited_notebook() as notebook:
         notebook.cells[0].metadata["tags"] = ["mine"]
-    sync.bring_together(SCRIPT, NOTEBOOK)
+    together()
     assert tags_of(SCRIPT, "# Task 1") == ["mine"]
 
 
-@fault
 @pytest.mark.parametrize(
     ("module", "name", "said"),
     [
@@ -280,69 +252,72 @@ def test_tags_come_from_the_script_and_importing_still_only_defines(edited):
         (sync, "_use_cells", "was saved just now"),
     ],
 )
-def test_an_edit_in_the_meantime_is_not_overwritten(
-    edited, monkeypatch, module, name, said
-):
+def test_an_edit_in_the_meantime_is_not_overwritten(monkeypatch, module, name, said):
     replace_in(SCRIPT, "The layer", "The graded layer")
     function = getattr(module, name)
 
     def slowly(*arguments):
         function(*arguments)
-        edit_notebook(in_a_sentence, "in the meantime")
+        change("notebook", in_a_sentence, "in the meantime")
 
     monkeypatch.setattr(module, name, slowly)
     with pytest.raises(UserError, match=said):
-        COMMANDS["report"](None)
+        report()
     assert "in the meantime" in "".join(texts_in(NOTEBOOK))
 
 
-@fault
-@pytest.mark.parametrize("source", ["s = '\u2028'", "x = 1\n# %% y"])
-def test_what_a_script_cannot_hold_is_refused(edited, source):
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("s = '\u2028'", "cell 5 cannot be written as part"),
+        ("# %% y", "cell 5 cannot be written as part"),
+        ("    def forward(:", r"cell 5 could not be imported .*line \d+"),
+    ],
+)
+def test_what_a_script_cannot_hold_stays_in_the_notebook_until_it_can(line, said):
     with edited_notebook() as notebook:
-        notebook.cells.append(nbformat.v4.new_code_cell(source))
-        number = len(notebook.cells)
-    before = NOTEBOOK.read_bytes(), SCRIPT.read_bytes()
-    with pytest.raises(UserError, match=f"cell {number} cannot be written as part"):
-        COMMANDS["report"](None)
-    assert (NOTEBOOK.read_bytes(), SCRIPT.read_bytes()) == before
+        source = notebook.cells[4].source
+        notebook.cells[4].source += "\n" + line
+    with refused(said):
+        together()
+    with edited_notebook() as notebook:
+        notebook.cells[4].source = source + "\n    # repaired"
+    together()
+    assert "\n    # repaired\n" in read(SCRIPT)
 
 
 BLANKS = [
-    nbformat.v4.new_markdown_cell("a line  \n  and another  \n  \nthe end  "),
-    nbformat.v4.new_code_cell('TEXT = """a  \n   \n\tb \t"""  \nLAST = 1  '),
-    nbformat.v4.new_code_cell('print("x")  \n\n  \n%matplotlib inline  '),
+    new_markdown_cell("a line  \n  and another  \n  \nthe end  "),
+    new_code_cell('TEXT = """a  \n   \n\tb \t"""  \nLAST = 1  '),
+    new_code_cell('print("x")  \n\n  \n%matplotlib inline  '),
 ]
 
 
-@fault
-@pytest.mark.parametrize("side", SIDES)
-@pytest.mark.parametrize("cell", BLANKS)
-def test_blanks_at_the_ends_of_lines_are_kept(edited, cell, side):
-    def add(cells, _):
-        cells.insert(2, nbformat.from_dict(cell))
+@pytest.mark.parametrize("side", PATHS)
+def test_blanks_at_the_ends_of_lines_are_kept(side):
+    def add(cells):
+        cells[2:2] = map(nbformat.from_dict, BLANKS)
 
-    def change(cells, _):
-        cells[2].source = cells[2].source.replace("  \n", "\n")
+    def lessen(cells):
+        for cell in cells[2:5]:
+            cell.source = cell.source.replace("  \n", "\n")
 
-    edit = {"notebook": edit_notebook, "script": edit_script}[side]
-    for function in (add, change):
-        edit(function, "")
-        written = jupytext.read({"notebook": NOTEBOOK, "script": SCRIPT}[side]).cells
-        sync.bring_together(SCRIPT, NOTEBOOK)
-        for path in (SCRIPT, NOTEBOOK):
-            assert jupytext.read(path).cells[2].source == written[2].source
+    for edit in (add, lessen):
+        change(side, edit)
+        written = [cell.source for cell in jupytext.read(PATHS[side]).cells[2:5]]
+        together()
+        for path in PATHS.values():
+            assert [c.source for c in jupytext.read(path).cells[2:5]] == written
 
 
-@fault
-def test_line_breaks_in_a_text_are_no_fault_of_the_code(edited):
+def test_line_breaks_in_a_text_are_no_fault_of_the_code():
     ruff = [sys.executable, "-m", "ruff"]
     for path in sync.SCRIPTS:  # where comments aside, the formatter has the last word
         text = re.sub(r"(?m)^(#.*?) +$", r"\1", read(path))
         command = [*ruff, "format", "--check", "--stdin-filename=x.py", "-"]
         subprocess.run(command, input=text.encode(), check=True)
-    edit_notebook(lambda cells, _: cells.insert(2, BLANKS[0]), "")
-    sync.bring_together(SCRIPT, NOTEBOOK)
+    change("notebook", lambda cells: cells.insert(2, BLANKS[0]))
+    together()
     assert re.search(r"(?m)^# .* +$", read(SCRIPT))
     for words in (["check"], ["format", "--check"]):
         subprocess.run([*ruff, *words, "--no-cache", "."], check=True)
@@ -351,7 +326,12 @@ def test_line_breaks_in_a_text_are_no_fault_of_the_code(edited):
 USES = "def masked(x):\n    return x * MASKED"
 
 
-@fault
+def add_code(*texts):
+    with edited_notebook() as notebook:
+        notebook.cells += map(new_code_cell, texts)
+    together()
+
+
 @pytest.mark.parametrize(
     ("new", "comments"),
     [
@@ -365,131 +345,97 @@ USES = "def masked(x):\n    return x * MASKED"
         (["def plot(x):\n    return x", "x = plot(1 / 0)"], [1]),
     ],
 )
-def test_what_defines_is_code_in_the_script_and_the_rest_is_said(
-    edited, capsys, new, comments
-):
-    place = len(nbformat.read(NOTEBOOK, as_version=4).cells)
-    with edited_notebook() as notebook:
-        notebook.cells += map(nbformat.v4.new_code_cell, new)
-    sync.bring_together(SCRIPT, NOTEBOOK)
+def test_what_defines_is_code_in_the_script_and_the_rest_is_said(capsys, new, comments):
+    place = len(jupytext.read(NOTEBOOK).cells)
+    add_code(*new)
     for number, text in enumerate(new):
         assert tags_of(SCRIPT, text) == ["active-ipynb"] * (number in comments)
     assert "tags=[]" not in read(SCRIPT)
     said = re.findall(r"cell (\d+) \(", capsys.readouterr().out)
     assert [int(number) - place - 1 for number in said] == comments
-    scope = {"__name__": "attention"}
-    exec(compile(read(SCRIPT), "attention.py", "exec"), scope)
+    scope = imported()
     if USES in new:
         assert scope["masked"](-1.0) in (-1.0, float("inf"))
 
 
-@fault
-def test_a_comment_becomes_code_when_code_reads_it(edited):
-    for text in ('MASKED = float("-inf")', USES):
-        with edited_notebook() as notebook:
-            notebook.cells.append(nbformat.v4.new_code_cell(text))
-        sync.bring_together(SCRIPT, NOTEBOOK)
-        expected = ["active-ipynb"] if text != USES else []
-        assert tags_of(SCRIPT, "MASKED = ") == expected
+def test_a_comment_becomes_code_when_code_reads_it():
+    add_code('MASKED = float("-inf")')
+    assert tags_of(SCRIPT, "MASKED = ") == ["active-ipynb"]
+    add_code(USES)
+    assert tags_of(SCRIPT, "MASKED = ") == []
 
 
-@fault
-def test_a_code_cell_turned_into_text_keeps_no_tag_of_code(edited):
+def test_a_code_cell_turned_into_text_keeps_no_tag_of_code():
     with edited_notebook() as notebook:
         cell = next(c for c in notebook.cells if "plot_cost(" in c.source)
         cell["cell_type"] = "markdown"  # as JupyterLab does, with all metadata
         del cell["outputs"], cell["execution_count"]
-        source = cell.source
-    assert not run("report")
-    for path in (SCRIPT, NOTEBOOK):
-        assert tags_of(path, source) == ["appendix"]
-        assert source in texts_in(path)
-    assert f"\n# {source}\n" in read(SCRIPT)
+    report()
+    for path in PATHS.values():
+        assert tags_of(path, cell.source) == ["appendix"]
+    assert f"\n# {cell.source}\n" in read(SCRIPT)
 
 
-def pasted(name, content=b"a picture", kind="image/png"):
-    cell = nbformat.v4.new_markdown_cell(f"See ![x](attachment:{name}).")
-    data = base64.b64encode(content).decode()
-    cell["attachments"] = {urllib.parse.unquote(name): {kind: data}}
-    return cell
-
-
-@fault
-def test_pasted_pictures_become_files_and_replace_none(edited, capsys):
-    with edited_notebook() as notebook:
-        notebook.cells += [
-            pasted("image.png"),
-            pasted("image.png", b"another"),
-            pasted("../../%C3%84%20b", b"<svg/>", "image/svg+xml"),
-        ]
-        notebook.cells[0].source += "\n"
-    sync.bring_together(SCRIPT, NOTEBOOK)
-    cells = jupytext.read(SCRIPT).cells[-3:]
-    assert capsys.readouterr().out.count("A picture pasted into attention.ipynb") == 3
-    names = [re.search(r"\((pictures/[\w.-]+)\)", cell.source)[1] for cell in cells]
-    assert [Path(name).read_bytes() for name in names] == [
-        *(b"a picture", b"another", b"<svg/>")
+def test_pasted_pictures_become_files_and_replace_none(capsys):
+    pasted = [
+        ("image.png", b"a picture", "image/png"),
+        ("image.png", b"another", "image/png"),
+        ("../../%C3%84%20b", b"<svg/>", "image/svg+xml"),
     ]
+    with edited_notebook() as notebook:
+        for name, content, kind in pasted:
+            data = {kind: base64.b64encode(content).decode()}
+            cell = new_markdown_cell(f"See ![x](attachment:{name}).")
+            cell["attachments"] = {urllib.parse.unquote(name): data}
+            notebook.cells.append(cell)
+    together()
+    assert capsys.readouterr().out.count("A picture pasted into attention.ipynb") == 3
+    cells = jupytext.read(SCRIPT).cells[-3:]
+    names = [re.search(r"\((pictures/[\w.-]+)\)", cell.source)[1] for cell in cells]
+    contents = [content for _, content, _ in pasted]
+    assert [Path(name).read_bytes() for name in names] == contents
     assert names[2].endswith(".svg")
-    stored = nbformat.read(NOTEBOOK, as_version=4).cells[-3:]
+    stored = jupytext.read(NOTEBOOK).cells[-3:]
     assert [cell.source for cell in stored] == [cell.source for cell in cells]
     assert not any("attachments" in cell for cell in stored)
-    before = NOTEBOOK.read_bytes(), SCRIPT.read_bytes()
-    sync.bring_together(SCRIPT, NOTEBOOK)
-    assert (NOTEBOOK.read_bytes(), SCRIPT.read_bytes()) == before, "it is settled"
     with edited_notebook() as notebook:
-        notebook.cells.append(pasted("x.png"))
-        notebook.cells[-1].attachments = {"x.png": {"image/png": "not base 64"}}
-        number = len(notebook.cells)
-    before = NOTEBOOK.read_bytes(), SCRIPT.read_bytes()
-    with pytest.raises(UserError, match=f"cell {number}: the picture 'x.png' cannot"):
-        sync.bring_together(SCRIPT, NOTEBOOK)
-    assert (NOTEBOOK.read_bytes(), SCRIPT.read_bytes()) == before
+        notebook.cells[0]["attachments"] = {"x.png": {"image/png": "not base 64"}}
+    with refused("cell 1: the picture 'x.png' cannot be read"):
+        together()
 
 
-@fault
-def test_code_edited_since_execution_is_seen(edited):
+def test_code_edited_since_execution_is_seen():
     def edited_files():
         return sync.edited_since(notebooks.read_notebook(NOTEBOOK))
 
-    build.report(submission())
+    report()
     assert edited_files() == []
     replace_in(Path("support", "records.py"), "# --- Files", "# --- The files")
     replace_in(SCRIPT, "softmax(dim=-1)", "softmax(dim=-2)")
     assert edited_files() == ["support/records.py", "attention.py"]
 
 
-@fault
-def test_code_that_cannot_be_imported_stays_in_the_notebook_until_it_can(edited):
-    before = read(SCRIPT)
+def test_a_report_of_what_is_unchanged_leaves_the_notebooks_unchanged():
+    report()
     with edited_notebook() as notebook:
-        cell = next(c for c in notebook.cells if c.source.startswith("class "))
-        good = cell.source
-        cell.source += "\n    def forward(:"
-    with pytest.raises(UserError, match=r"cell 5 could not be imported .*line \d+"):
-        COMMANDS["report"](None)
-    assert read(SCRIPT) == before
-    with edited_notebook() as notebook:
-        notebook.cells[4].source = good + "\n    # repaired"
-    COMMANDS["report"](None)
-    assert "    # repaired\n" in read(SCRIPT)
+        notebook.metadata["provenance"]["executed"] = "long ago"
+    before = NOTEBOOK.read_bytes()
+    report()
+    assert NOTEBOOK.read_bytes() == before
 
 
-@fault
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
-def test_a_script_as_windows_editors_save_it_is_no_edit(edited, end):
+def test_a_script_as_windows_editors_save_it_is_no_edit(end):
     text = read(SCRIPT)
     SCRIPT.write_text(text, encoding="utf-8-sig", newline=end)
-    assert texts_in(NOTEBOOK) == [
-        text for _, text, _ in sync.contents(notebooks.read_script(SCRIPT))
-    ]
+    ours = sync.contents(notebooks.read_script(SCRIPT))
+    assert texts_in(NOTEBOOK) == [text for _, text, _ in ours]
     SCRIPT.write_text(text + "# ä\n", encoding="cp1252")
-    with pytest.raises(UserError, match="cannot be read"):
-        COMMANDS["report"](None)
+    with refused("cannot be read"):
+        together()
 
 
-@fault
-def test_another_run_is_shown_and_what_was_injected_gets_into_no_script(edited):
+def test_another_run_is_shown_and_what_was_injected_gets_into_no_script():
     history = {**records.read_history(ROOT / records.RECORD), "batch_size": 64}
     history["sha256"] = records.history_digest(history)
     records.write_whole(Path("mine", "history.json"), json.dumps(history).encode())
@@ -503,15 +449,13 @@ def test_another_run_is_shown_and_what_was_injected_gets_into_no_script(edited):
         [place] = [n for n, c in enumerate(cells) if "RUN = 'mine'" in c.source]
         assert "parameters" in cells[place - 1].metadata["tags"]
         colab(notebook)
-        cells[place].source += "\n# an edit that is not kept, as the cell says"
+        cells[place].source += "\n# an edit that is not kept"
         cells[0].source += "\n\nMy sentence."
     build.store_notebooks(other)
     assert "RUN = 'mine'" not in read(Path("vision_transformer.ipynb"))
     assert read(script).replace("#\n# My sentence.\n", "") == text
-    cells = nbformat.read(path, as_version=4).cells
-    [again] = [cell.source for cell in cells if "RUN = 'mine'" in cell.source]
-    assert "an edit that" not in again
     replace_in(script, "## Plots", "## The plots")
     sync.bring_together(script, path)
-    texts = [cell.source for cell in nbformat.read(path, as_version=4).cells]
-    assert sum("RUN = 'mine'" in text for text in texts) == 1, "it stays"
+    sources = [cell.source for cell in jupytext.read(path).cells]
+    [again] = [source for source in sources if "RUN = 'mine'" in source]
+    assert "an edit that" not in again, "as the cell says"
