@@ -18,7 +18,6 @@ from matplotlib.text import Text
 
 from attention import SelfAttention2d
 from support import analysis, demo_data, figures
-from support.records import FORMER, PRESETS
 from vision_transformer import VisionTransformer
 
 TEMPLATE = (ROOT / "report" / "template.typ").read_text(encoding="utf-8")
@@ -57,7 +56,6 @@ FIGURES = {  # every one, and arguments to try it with
     "plot_architecture": (MODEL,),
     "plot_patches": (demo_data.DemoCIFAR10, "data", 4),
     "plot_training": (HISTORY,),
-    "plot_before_and_after": ({**HISTORY, **PRESETS["default"]}, ROOT / FORMER),
     "plot_confusion": (PREDICTIONS,),
     "plot_calibration": (PREDICTIONS,),
     "plot_predictions": (PREDICTIONS,),
@@ -109,12 +107,6 @@ def test_figures_have_labels_units_and_legends_and_fit_the_text(name):
         assert len(ax.lines) < 2 or not ax.axison or ax.get_legend(), "no legend"
         for picture in ax.images:
             assert picture.get_array().ndim > 2 or is_readable_in_grey(picture.cmap)
-
-
-def test_a_run_of_other_settings_is_not_compared_with_the_earlier_one(capsys):
-    history = {**HISTORY, **PRESETS["default"], "batch_size": 64}
-    assert figures.plot_before_and_after(history, ROOT / FORMER) is None
-    assert "the earlier run is CIFAR10, batch size 128" in capsys.readouterr().out
 
 
 def test_no_plot_is_left_out():

@@ -199,8 +199,12 @@ EXPECTED = {
     *("support/analysis.py", "support/dataset.py", "support/figures.py"),
     *("support/records.py", "support/training.py"),
     *("runs/exercise/history.json", WEIGHTS),
-    *("bench/former/default.json", "runs/trials.csv"),
-    *("README.txt", "requirements.txt", "Müller-Lüdenscheidt-12345678.pdf"),
+    *(
+        "runs/trials.csv",
+        "README.txt",
+        "requirements.txt",
+        "Müller-Lüdenscheidt-12345678.pdf",
+    ),
 }
 
 

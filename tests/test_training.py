@@ -267,3 +267,31 @@ def test_the_summary_says_when_the_marks_were_reached(workplace):
     assert "25% by the recipe's measure: 0.5000 in epoch 2, after 1.00 h" in said
     assert "50% by the recipe's measure: 0.5000 in epoch 2, after 1.00 h" in said
     assert "70% by the recipe's measure: not reached" in said
+
+
+def test_steps_that_become_slow_are_told_once(workplace, monkeypatch, capsys):
+    seconds = iter([*range(0, 10, 2), *range(10, 200, 10)])  # each look is later
+    monkeypatch.setattr(training, "LOOK_EVERY", 1)
+    monkeypatch.setattr(training.time, "perf_counter", lambda: next(seconds))
+    go_on(small_model(), n_epochs=4)
+    assert capsys.readouterr().out.count("three times as long") == 1
+
+
+@pytest.mark.parametrize(
+    ("facts", "is_told", "is_said"),
+    [
+        ("vendor_id: AuthenticAMD\nflags: avx2 avx512f", False, True),
+        ("vendor_id: AuthenticAMD\nflags: avx2 avx512f", True, False),
+        ("vendor_id: AuthenticAMD\nflags: avx2", False, False),
+        ("vendor_id: GenuineIntel\nflags: avx2 avx512f", False, False),
+    ],
+)
+def test_an_amd_processor_that_could_do_more_is_told(
+    workplace, monkeypatch, capsys, facts, is_told, is_said
+):
+    Path("cpuinfo").write_text(facts, encoding="utf-8")
+    monkeypatch.setattr(training, "CPUINFO", Path("cpuinfo"))
+    monkeypatch.setattr(training, "mkl_is_told", lambda: is_told)
+    run = go_on(small_model())
+    assert ("of this AMD processor idle" in capsys.readouterr().out) == is_said
+    assert ("MKL told" in run.history["machine"]) == is_told
