@@ -435,7 +435,10 @@ def _points(image, content):
     asked = re.match(r"([\d.]+)(%?)", str(image.get("width", "")))
     unit = WIDTH / 100 if asked and asked[2] else 0.75
     width = unit * float(asked[1] if asked else pixels)
-    most = min(WIDTH, 0.9 * HEIGHT * pixels / height)
+    row = image.find_parent("tr")
+    room = WIDTH / len(row(["td", "th"])) - 12 if row else WIDTH
+    room -= 25 * len(image.find_parents(["li", "blockquote", "dd"]))
+    most = min(max(room, 10), 0.9 * HEIGHT * pixels / height)
     return min(most, width), {"jpeg": "jpg"}.get(kind, kind)
 
 
