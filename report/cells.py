@@ -13,21 +13,24 @@ from urllib.parse import quote, unquote, urlsplit
 from xml.etree import ElementTree
 
 import bs4
-from mistune import HTMLRenderer
+import typst
 from nbconvert.filters import strip_ansi
-from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 from PIL import Image
 
+from report.formulas import KNOWN, has_rules, in_pieces, plain, split_macros
+from report.markdown import formula, math_too, pre, to_html
+
 # The caption of a plot or table, in the cell below it; the number may be left out
-CAPTION = re.compile(r"\s*\*\*(Figure|Table)\s*(\d*)\s*[.:]?\*\*\s*[.:]?\s*")
+CAPTION = re.compile(
+    r"\s*(?P<bold>\*{2,3}|__|<(?:b|strong)>)\s*(?P<kind>Fig(?:ure)?|Table)\.?\s*"
+    r"(?P<typed>\d*)\s*(?:[.:]?\s*(?P<end>\*{2,3}|__|</\w+>)|(?<=\d)[.:]\s)\s*[.:]?\s*"
+)
 MENTION = re.compile(
-    r"\b(Figure|Table)s?\s+\d+(?:(?:,|,? and|,? to)\s+\d+)*(?!\d|\s+(?:of|from)\b)"
+    r"\b(Fig|Table)(?:(?:ure)?s?|s?\.)\s+\d+"
+    r"(?:(?:[-\u2013]|,\s+|,?\s+(?:and|to|&)\s+)\d+)*(?!\d|\s+(?:of|from)\b)"
 )
 MATH = re.compile(
     r"\$\$(.+?)\$\$|(?<![\\$])\$(.+?)\$|(\\begin\{(\w+\*?)\}.+?\\end\{\4\})", re.S
-)
-MACRO = re.compile(
-    r"\\(?:\w*newcommand|DeclareMathOperator|def)\*?\s*\{?(\\[A-Za-z]+)\}?"
 )
 PICTURES = {
     "image/svg+xml": "svg",
@@ -39,37 +42,16 @@ PICTURES = {
 # Elements that show what is not their text
 NOT_TEXT = ["audio", "canvas", "embed", "iframe", "input", "math", "meter", "object"]
 NOT_TEXT += ["progress", "script", "select", "template", "textarea", "video"]
-BROKEN = (Image.DecompressionBombError,)
+BROKEN = (Image.DecompressionBombError, RuntimeError)  # a loop of links, an SVG
 SVG = re.compile(r"<svg\b.*?</svg>", re.S)  # before a parser takes it for HTML
 UNSEEN = bs4.element.PreformattedString  # comments and the like
 SAYS_NOTHING = re.compile(r"\s*(<IPython.*|<[\w.]+ (object )?at 0x\w+>)?\s*$")
-ECHO = re.compile(r"[(\[]*(<matplotlib|<Axes|<Figure|Text\(|array\(\[<)")
+ECHO = re.compile(
+    r"[(\[]*(<(matplotlib|mpl_|seaborn|\w*Axes|Figure|\w+Container)|Text\(|array\(\[<)"
+)
+NO_FONT = re.compile(r'text `"(.*?)"` could not be displayed')
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\ufeff\ufffe\uffff]")
 WIDTH, HEIGHT, LETTER = 465, 700, 0.52 * 9.5  # of text and of a letter in a table, pt
-
-
-class Renderer(IPythonRenderer):
-    """Jupyter's renderer, with formulas as elements and code without colours."""
-
-    def inline_math(self, body):
-        return _formula(body, "inline")
-
-    def block_math(self, body):
-        return _formula(body, "display")
-
-    def latex_environment(self, name, body):
-        return _formula(rf"\begin{{{name}}}{body}\end{{{name}}}", "display")
-
-    def block_code(self, code, info=None):
-        return _pre("lang-" + (info or "text").split()[0], code)
-
-    def image(self, text, url, title=None):
-        if url.startswith("attachment:") and unquote(url[11:]) not in self.attachments:
-            return HTMLRenderer.image(self, text, url, title)  # which names it later
-        return super().image(text, url, title)
-
-    def block_html(self, text):
-        return f"<div class='math-too'>{text}</div>"
 
 
 class Cells:
@@ -86,7 +68,7 @@ class Cells:
         counts = {} if counts is None else counts
         self.captioned, self.numbers = captioned(self.cells), {}
         for place in self.captioned:
-            kind = CAPTION.match(self.cells[place].source)[1]
+            kind, _ = caption_of(self.cells[place])
             counts[kind] = counts.get(kind, 0) + 1
             self.numbers[place] = counts[kind]
         self.sources, self.left_out, self.files, self.notes = {}, [], [], []
@@ -101,21 +83,21 @@ class Cells:
             self.place = place
             stem, source = f"{self.name}-{place + 1}", printable(cell.source)
             self.sources[stem] = source
-            parts.append(_pre("mark", stem))
+            parts.append(pre("mark", stem))
             if cell.cell_type == "code":
                 is_told = "Not shown (" in str(cell.outputs)
                 if "appendix" in cell.metadata.get("tags", []):
                     self.left_out.append(source)
                 elif source.strip():
-                    parts.append(_pre("source", breakable(source)))
+                    parts.append(pre("source", breakable(source)))
                 outputs = [out for out in cell.outputs if id(out) not in drawn]
                 parts += self._outputs(outputs, any(map(picture_in, cell.outputs)))
             elif cell.cell_type == "raw":
-                parts.append(_pre("output", breakable(source)))
+                parts.append(pre("output", breakable(source)))
             elif place in self.captioned:
                 parts.append(self._figure(cell))
             elif not (is_caption(cell) and is_told):
-                parts.append(self._markdown(source, cell.get("attachments")))
+                parts.append(self._markdown(source))
         return "\n".join(parts)
 
     def note(self, what):
@@ -129,12 +111,13 @@ class Cells:
         parts, printed = [], ""
         for output in [*outputs, None]:
             if output and output.output_type in ("stream", "error"):
-                text = output.get("text") or "\n".join(output.get("traceback", []))
-                text = text or f"{output.get('ename')}: {output.get('evalue')}"
+                text = output.get("text", "\n".join(output.get("traceback", [])))
+                if output.output_type == "error" and not text:
+                    text = f"{output.ename}: {output.evalue}"
                 printed += "\n" * (printed[-1:] not in ("", "\n")) + text
                 continue
             if printed.strip():
-                parts.append(_pre("output", breakable(clean(printed))))
+                parts.append(pre("output", breakable(clean(printed))))
             printed = ""
             if output:
                 parts.append(self._best(output.get("data", {}), has_picture))
@@ -149,38 +132,44 @@ class Cells:
         is_formula = re.search(r"\$|\\begin", latex) and "tabular" not in latex
         if "text/markdown" in data or is_formula:
             return self._markdown(data.get("text/markdown", latex))
-        plain, soup = data.get("text/plain", ""), _soup(data.get("text/html", ""))
+        text, soup = data.get("text/html", ""), _soup(data.get("text/html", ""))
         for tag in soup(["style", "script"]):
             tag.decompose()
+        plain = data.get("text/plain", "")
         tables, says_nothing = soup("table"), SAYS_NOTHING.match(plain)
         around = len(soup.get_text()) - sum(len(t.get_text()) for t in tables)
         is_table = tables and around < 200 and min(_size(t)[0] for t in tables) > 0.5
         is_seen = soup.get_text(strip=True) or soup([*NOT_TEXT, "img", "svg", "hr"])
-        if is_table or (says_nothing and is_seen):
-            return self._parse(data["text/html"])
+        if is_table or soup("img") or (says_nothing and is_seen):
+            return self._parse(math_too(text))
         if has_picture and ECHO.match(plain):
             return ""  # what the last line of a plot returns
-        kinds = ", ".join(kind for kind in data if kind != "text/plain")
-        if says_nothing and kinds:
-            return f"<p>{self.note(f'an output of type {kinds}')}</p>"
-        return _pre("output", breakable(clean(plain))) if plain.strip() else ""
+        if says_nothing and latex:
+            plain, says_nothing = latex, None
+        kinds = [
+            kind
+            for kind in data
+            if kind != "text/plain" and (says_nothing or kind[:5] != "text/")
+        ]
+        kinds += ["text/html"] * (text.strip() != "" and not is_seen)
+        note = f"an output of type {', '.join(dict.fromkeys(kinds))}" if kinds else ""
+        shown = f"<p>{self.note(note)}</p>" if note else ""
+        is_said = plain.strip() and not (says_nothing and note)
+        return shown + (pre("output", breakable(clean(plain))) if is_said else "")
 
     # --- Text -------------------------------------------------------------------------
 
-    def _markdown(self, source, attachments=None):
-        renderer = Renderer(
-            escape=False, exclude_anchor_links=True, attachments=attachments or {}
-        )
-        return self._parse(
-            MarkdownWithMath(renderer=renderer).render(printable(source))
-        )
+    def _markdown(self, source):
+        return self._parse(to_html(printable(source)))
 
     def _figure(self, cell):
         alt = re.search(r"<!--\s*alt:(.*?)-->", cell.source, re.S)
-        text = _soup(self._markdown(CAPTION.sub("", cell.source, count=1)))
+        begin = CAPTION.match(cell.source)
+        source = begin["bold"] * (not begin["end"]) + cell.source[begin.end() :]
+        text = _soup(self._markdown(source))
         words = " ".join((alt[1] if alt else text.get_text()).split())
         first = text.p.extract().decode_contents() if text.p else ""
-        output, kind = self.captioned[self.place], CAPTION.match(cell.source)[1]
+        output, kind = self.captioned[self.place], caption_of(cell)[0]
         if kind == "Figure":
             image = f'<img src="{picture_in(output)}" alt="{html.escape(words)}">'
             shown = self._parse(image)
@@ -203,6 +192,8 @@ class Cells:
             part.extract()
         for tag in soup(["style", "title", "meta", "link"]):
             tag.decompose()
+        for code in soup("pre", class_="lang-mermaid"):
+            code.insert_before(_soup(self.note("a diagram of Mermaid, but its source")))
         for box in soup("input", type="checkbox"):
             box.replace_with("☒ " if box.has_attr("checked") else "☐ ")
         for tag in soup(NOT_TEXT):
@@ -232,31 +223,30 @@ class Cells:
                     string.replace_with(_soup(MATH.sub(_found, str(string))))
             place.unwrap()
         for tag in soup.select("span.math"):
+            if has_rules(tag["data-tex"]):
+                tag.insert_after(_soup(self.note("the lines of a matrix")))
             tag["data-source"], tag["data-tex"] = tag["data-tex"], self._tex(tag)
         return str(soup)
 
     def _tex(self, tag):
         """Return a formula as pandoc reads it, behind the macros of the page so far."""
-        tex = tag["data-tex"]
-        tex = re.sub(r"\\(label|require)\s*\{[^}]*\}|\\(nonumber|notag)\b", "", tex)
-        tex = re.sub(r"\\tag\*?\{([^}]*)\}", r"\\qquad (\1)", tex)
-        macros, rest = split_macros(re.sub(r"\\textcolor\s*\{[^}]*\}", "", tex))
+        macros, rest = split_macros(plain(tag["data-tex"]))
         self.macros += macros
-        return self.macros + (rest.strip() or "{}")
+        return KNOWN + self.macros + (in_pieces(rest).strip() or "{}")
 
     def _mentions(self, soup):
         """Make links of figures and tables that are named; keep % with its number."""
 
         def link(found):
-            kind = found[1].lower()
+            kind = "Table" if found[1] == "Table" else "Figure"
 
             def one(part):
-                number = self._number(found[1], part[2])
-                return f'<a href="#{kind}-{number}">{part[1]}{number}</a>'
+                number = self._number(kind, part[2])
+                return f'<a href="#{kind.lower()}-{number}">{part[1]}{number}</a>'
 
-            return re.sub(r"(Figures?\s+|Tables?\s+|)(\d+)", one, found[0])
+            return re.sub(r"([A-Z][a-z]+\.?\s+|)(\d+)", one, found[0])
 
-        for text in soup(string=re.compile(r"(Figure|Table)s?\s+\d|\d\s%")):
+        for text in soup(string=re.compile(r"(Fig|Table)[a-z.]*\s+\d|\d\s%")):
             if not text.find_parent(["a", "code", "pre"]):
                 new = html.escape(re.sub(r"(?<=\d)\s%", "\u00a0%", text), quote=False)
                 text.replace_with(_soup(MENTION.sub(link, new)))
@@ -266,7 +256,7 @@ class Cells:
         places = [
             place
             for place in self.numbers
-            if CAPTION.match(self.cells[place].source).groups() == (kind, typed)
+            if caption_of(self.cells[place]) == (kind, typed)
         ]
         nearest = min(places, key=lambda place: abs(place - self.place), default=None)
         return self.numbers.get(nearest, typed)
@@ -287,21 +277,46 @@ class Cells:
                 "svg"
             ):
                 raise OSError("it is no SVG")
+            path = (
+                self.folder / f"{self.name}-{len(list(self.folder.iterdir()))}.{kind}"
+            )
+            path.write_bytes(content)
+            if kind == "svg":
+                self._draw(path)
         except (*BROKEN, OSError, ValueError, SyntaxError) as error:
-            what = f"the picture {address[:60]!r} ({str(error).split('<_io')[0]})"
-            image.replace_with(_soup(self.note(what)))
+            reason = re.split("<_io| from '| \\(file", str(error))[0]
+            image.replace_with(
+                _soup(self.note(f"the picture {address[:60]!r} ({reason})"))
+            )
             return
-        path = self.folder / f"{self.name}-{len(list(self.folder.iterdir()))}.{kind}"
-        path.write_bytes(content)
         image.attrs = {
             "src": path.name,
             "alt": image.get("alt") or "a picture without a description",
             "data-width": image.get("data-width", "auto"),
         }
 
+    def _draw(self, path):
+        """See that Typst draws an SVG; signs that no font has become boxes in it."""
+        page = f'#set document(title: "x")\n#image("{path.name}", alt: "x")'.encode()
+        while True:
+            try:
+                typst.compile(page, root=str(self.folder), pdf_standards=["ua-1"])
+                return
+            except typst.TypstError as error:
+                text = path.read_text("utf-8", "replace")
+                signs = missing(error.diagnostic) & set(text)
+                if not signs:
+                    raise
+                self.note(f"no font has {' '.join(sorted(signs))}")
+                path.write_text(re.sub(f"[{re.escape(''.join(signs))}]", "□", text))
+
     def _read(self, address):
         """Return bytes and kind of a picture: in its address, or a file below root."""
-        if address.startswith("data:"):
+        if address.startswith("attachment:"):
+            pasted = self.cells[self.place].get("attachments", {})
+            for kind, content in pasted.get(unquote(address[11:]), {}).items():
+                address = f"data:{kind};base64,{content}"
+        if address.lower().startswith("data:"):
             with urllib.request.urlopen(address) as answer:
                 return answer.read(), PICTURES.get(answer.headers.get_content_type())
         parts = urlsplit(address)
@@ -316,6 +331,12 @@ class Cells:
         return path.read_bytes(), path.suffix.lower()[1:].replace("jpeg", "jpg")
 
 
+def missing(diagnostic):
+    """Return the signs that no font has, which Typst may give by their numbers."""
+    text = "".join(NO_FONT.findall(diagnostic))
+    return set(re.sub(r"\\u\{(\w+)\}", lambda code: chr(int(code[1], 16)), text))
+
+
 def captioned(cells):
     """Return the output that every caption belongs to, by the place of the caption."""
     found, groups = {}, []
@@ -323,7 +344,7 @@ def captioned(cells):
         if cell.cell_type == "code":
             groups.append((cell.outputs, {"Figure": [], "Table": []}))
         elif is_caption(cell) and groups:
-            groups[-1][1][CAPTION.match(cell.source)[1]].append(place)
+            groups[-1][1][caption_of(cell)[0]].append(place)
     for outputs, captions in groups:
         for kind, places in captions.items():
             shown = [output for output in outputs if SHOWS[kind](output)]
@@ -334,6 +355,12 @@ def captioned(cells):
 def is_caption(cell):
     """Return whether a cell is the caption of the plot or table above it."""
     return cell.cell_type == "markdown" and bool(CAPTION.match(cell.source))
+
+
+def caption_of(cell):
+    """Return what a caption belongs to, "Figure" or "Table", and the number in it."""
+    found = CAPTION.match(cell.source)
+    return ("Figure" if found["kind"] != "Table" else "Table"), found["typed"]
 
 
 def _table_in(output):
@@ -381,30 +408,8 @@ def clean(text):
     return printable(text)
 
 
-def split_macros(tex):
-    """Split a formula into the macros that it defines, for pandoc, and the rest."""
-    macros, rest, place = "", "", 0
-    for found in MACRO.finditer(tex):
-        begin, depth = tex.find("{", found.end()), 0
-        for end in range(begin, len(tex) if begin >= 0 else begin):
-            depth += {"{": 1, "}": -1}.get(tex[end], 0)
-            if not depth and found.start() >= place:
-                kind = "DeclareMathOperator" if "Declare" in found[0] else "newcommand"
-                count = tex[found.end() : begin].strip()  # [2][default], or #1#2
-                if "#" in count:
-                    count = f"[{count.count('#')}]"
-                macros += f"\\{kind}{{{found[1]}}}{count}{tex[begin : end + 1]}"
-                rest, place = rest + tex[place : found.start()], end + 1
-                break
-    return macros, rest + tex[place:]
-
-
-def _formula(tex, kind):
-    return f'<span class="math {kind}" data-tex="{html.escape(tex)}">math</span>'
-
-
 def _found(math):
-    return _formula(math[1] or math[2] or math[3], "inline" if math[2] else "display")
+    return formula(math[1] or math[2] or math[3], "inline" if math[2] else "display")
 
 
 def _soup(markup):
@@ -422,10 +427,6 @@ def _address(svg):
     return f"data:image/svg+xml,{quote(svg)}"
 
 
-def _pre(kind, text):
-    return f'<pre class="{html.escape(kind)}">{html.escape(text)}</pre>\n'
-
-
 def _points(image, content):
     """Return how wide a picture is, as asked or by its pixels, and its type."""
     with Image.open(io.BytesIO(content)) as opened:
@@ -434,7 +435,10 @@ def _points(image, content):
     asked = re.match(r"([\d.]+)(%?)", str(image.get("width", "")))
     unit = WIDTH / 100 if asked and asked[2] else 0.75
     width = unit * float(asked[1] if asked else pixels)
-    most = min(WIDTH, 0.9 * HEIGHT * pixels / height)
+    row = image.find_parent("tr")
+    room = WIDTH / len(row(["td", "th"])) - 12 if row else WIDTH
+    room -= 25 * len(image.find_parents(["li", "blockquote", "dd"]))
+    most = min(max(room, 10), 0.9 * HEIGHT * pixels / height)
     return min(most, width), {"jpeg": "jpg"}.get(kind, kind)
 
 

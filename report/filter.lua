@@ -69,6 +69,10 @@ local function Span(span)
     return inline('#raw(lang: "tex", %s)', alt)
   end
   inner = inner:gsub("^%s*%$%s*", ""):gsub("%s*%$[^$]*$", "")
+  -- Negative gaps of 1/6 em and the like are rounded to 1 em
+  inner = inner:gsub("#h%(%-%d+em%)", ""):gsub("#h%(0em%)", "thick")
+  inner = inner:gsub('"||"', '"‖"'):gsub('"%["(, *)\u{e001}', "#none%1")
+  inner = inner:gsub("\u{e000}", "\\u{26}"):gsub("\u{e001}", "")
   inner = inner:gsub('("[%a ]+") \\%(', "%1\\(")  -- no gap between operator and bracket
   return inline("#math.equation(block: %s, alt: %s, $%s$)", is_display, alt, inner)
 end

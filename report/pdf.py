@@ -10,7 +10,7 @@ from pathlib import Path
 import pypandoc
 import typst
 
-from report.cells import Cells, breakable
+from report.cells import Cells, breakable, missing
 from report.notebooks import read_notebook
 from report.sync import provenance
 from report.tables import origin, points, result
@@ -26,7 +26,6 @@ LISTINGS = (
     ),
     "train.py",
 )
-NO_FONT = re.compile(r'text `"(.*?)"` could not be displayed')
 WHERE = re.compile(r"┌─ .*?([^/\\\s]+)\.typ:")
 MARK = re.compile(r"^// cell-of-notebook-c7b1 (\S+)$\n", re.MULTILINE)
 STRING = r'"(?:[^"\\]|\\.)*"'
@@ -102,7 +101,7 @@ class Report:
                     pdf_standards=standards,
                 )
             except typst.TypstError as error:
-                signs = _missing(error.diagnostic)
+                signs = missing(error.diagnostic)
                 place = WHERE.search(error.diagnostic)
                 if signs and no_fonts:
                     no_fonts = False
@@ -136,12 +135,6 @@ class Report:
         else:
             self.cells[stem] = text
         self._write(stem, text)
-
-
-def _missing(diagnostic):
-    """Return the signs that no font has, which Typst may give by their numbers."""
-    text = "".join(NO_FONT.findall(diagnostic))
-    return set(re.sub(r"\\u\{(\w+)\}", lambda code: chr(int(code[1], 16)), text))
 
 
 def _place(stem):

@@ -130,6 +130,60 @@ MARKDOWN = {  # the source, what the PDF shows, what is named
         ["arg max"],
     ),
     "a tag": (r"$$ a = 7041 \tag{3} $$", ["7041", "(3)"]),
+    "an empty formula": ("$$ % nothing $$ 7041 $$\\,$$", ["7041"]),
+    "no gap of a letter": (r"$x^T\!y$ and $a\;b$", ["xT y", "a b"]),
+    "an ampersand": (r"$a \& b$, $\text{R\&D} = 7041$", ["a&b", "R&D = 7041"]),
+    "old switches": (
+        r"${\rm max}$, ${\cal L} = 7041$, $\bf x$, $\mathop{\rm argmin}_x$",
+        ["max", "= 7041, x, argmin"],
+    ),
+    "pairs of equations": (
+        r"\begin{align} a &= 1 & b &= 2 && \text{by 7041} \end{align}",
+        ["a = 1 b = 2 by 7041"],
+    ),
+    "lines in no environment": (r"$$ a &= 7041 \\ b &= 7042 $$", ["7041", "7042"]),
+    "a matrix in a formula": (
+        r"$$A = \begin{matrix} 1 & 2 \\ 3 & 4 \end{matrix} B$$",
+        ["A = 1 3 2 4B"],
+    ),
+    "an array without brackets": (r"$$\begin{array}{ll} 1 & 2 \end{array}$$", ["1 2"]),
+    "a small matrix": (r"$\begin{smallmatrix} 1 & 2 \end{smallmatrix}$", ["1 2"]),
+    "a determinant": (
+        r"$\begin{vmatrix} 1 & 2 \end{vmatrix} \begin{Vmatrix} 3 \end{Vmatrix}$",
+        ["|1 2|‖3‖"],
+    ),
+    "a place": (r"\begin{aligned}[t] a &= 7041 \end{aligned}", ["a = 7041"]),
+    "a table in a list": (
+        "- one\n\n  | a | b |\n  |---|---|\n  | 7041 | 2 |\n- two",
+        ["• one a b 7041 2 • two"],
+    ),
+    "a table in a quote": ("> | a | b |\n> |---|---|\n> | 7041 | 2 |", ["a b 7041 2"]),
+    "rows of any length": ("|a|b|c|\n|---|---|---|\n|1|\n|2|3|7041|", ["a b c 1 2 3"]),
+    "bars in a table": (
+        "|a|b|\n|---|---|\n|$|x|$|x\\|y|\n\n```\n|c|d|\n|---|---|\n|1|\n```",
+        ["a b | x | x|y |c|d| |---|---| |1| The end"],
+    ),
+    "lines of a matrix": (
+        r"$$\begin{array}{c|c} a & b \\ \hline 7041 & d \end{array}$$",
+        ["7041", "not shown"],
+        "the lines of a matrix",
+    ),
+    "a diagram": (
+        "```mermaid\ngraph TD; A-->B7041\n```",
+        ["not shown", "A-->B7041"],
+        "Mermaid",
+    ),
+    "a loop": ("![x](loop.png) 7041", ["not shown", "7041"], "'loop.png'"),
+    "a file in an SVG": (
+        "<svg><image href='notes.png'/></svg> 7041",
+        ["not shown", "7041"],
+        "linked image",
+    ),
+    "a sign in an SVG": (
+        "<svg width='99' height='9'><text y='9'>7041 \U0010fffd</text></svg>",
+        ["7041 □"],
+        "no font has \U0010fffd",
+    ),
     "list without a blank line": ("Points:\n- one\n- two", ["• one • two"]),
     "numbers without a blank line": ("Points:\n1. one\n2. two", ["1. one 2. two"]),
     "heading without a blank line": (
@@ -243,6 +297,7 @@ MARKDOWN = {  # the source, what the PDF shows, what is named
 def test_markdown_is_shown_as_jupyter_shows_it(typeset, name):
     source, shown, *named = MARKDOWN[name]
     (typeset.root / "notes.png").write_text("no picture", encoding="utf-8")
+    (typeset.root / "loop.png").symlink_to("loop.png")
     page = typeset(new_markdown_cell(source), new_markdown_cell("The end."))
     assert "The end." in page.text
     for words in shown:
@@ -252,7 +307,7 @@ def test_markdown_is_shown_as_jupyter_shows_it(typeset, name):
         assert named[0] in page.notes
     else:
         assert page.notes == ""
-        assert page.is_accessible
+    assert page.is_accessible
 
 
 PICTURES = {
@@ -260,7 +315,8 @@ PICTURES = {
     "a file in a folder": "![mine](my%20plots/Bild%20%C3%A4.png)",
     "an element": 'See: <img src="myplot.png" width="300"/> end.',
     "an element alone": '<img src="my plots/Bild ä.png" width="50%">',
-    "pasted": "![mine](attachment:image.png)",
+    "pasted": "![mine](attachment:image%20ä.png)",
+    "pasted in an element": "<img src='attachment:image ä.png' width='20'>",
     "in the address": f"![mine](data:image/png;base64,{PNG})",
     "svg": "<svg width='20' height='20'><rect width='9' height='9'/></svg>",
     "in a link": "[![mine](myplot.png)](https://x.org)",
@@ -276,8 +332,8 @@ def test_pictures_named_in_markdown_are_shown(typeset, name):
         (typeset.root / path).write_bytes(png())
     (typeset.root / "wide.png").write_bytes(png(width=4000))
     cell = new_markdown_cell(PICTURES[name])
-    if name == "pasted":
-        cell["attachments"] = {"image.png": {"image/png": PNG}}
+    if "pasted" in name:
+        cell["attachments"] = {"image ä.png": {"image/png": PNG}}
     page = typeset(cell)
     assert page.pictures == (name != "svg")
     assert page.notes == ""
@@ -345,6 +401,28 @@ CODE = {  # what prints or shows something, what the PDF shows, what is named
         "from IPython.display import Latex; Latex('So $x = 7041$')",
         ["So x = 7041"],
     ),
+    "a chart": (
+        "from IPython.display import display\n"
+        "display({'text/html': '<div></div><script>1</script>', "
+        "'text/plain': 'Chart(7041)'}, raw=True)",
+        ["not shown", "Chart(7041)"],
+        "text/html",
+    ),
+    "a widget": (
+        "from IPython.display import display\n"
+        "display({'application/vnd.jupyter.widget-view+json': {}, "
+        "'text/plain': 'IntSlider(7041)'}, raw=True)",
+        ["not shown", "IntSlider(7041)"],
+        "widget-view",
+    ),
+    "bare latex": (
+        "from IPython.display import Latex; Latex('x = 7041')",
+        ["x = 7041"],
+    ),
+    "a formula in html": (
+        "from IPython.display import HTML; HTML('<p>So $x^2 = 7041$</p>')",
+        ["So x2 = 7041"],
+    ),
     "signs": ("print('α ≤ β → 7041')", ["α ≤ β → 7041"]),
     "no last line of a plot": (
         "import matplotlib.pyplot as plt\nplt.plot([1, 2]); plt.title('t')",
@@ -378,6 +456,11 @@ def test_outputs_are_shown_in_the_best_form(typeset, outputs, name):
         assert page.notes == ""
 
 
+def test_an_output_that_is_empty_shows_nothing(typeset):
+    page = typeset(new_code_cell("7041", outputs=[new_output("stream", text="")]))
+    assert "None" not in page.text
+
+
 def test_signs_that_no_font_has_are_boxes_and_named(typeset):
     page = typeset(new_markdown_cell("The private \U0010fffd sign 7041"))
     assert "U+10FFFD" in page.text
@@ -398,6 +481,9 @@ WIDE = {
     "an address": f"Data from https://x.org/{'very-long-path-' * 20}end7041",
     "a word": "y" * 400,
     "a formula": f"$$ {' + '.join(['a_{12}'] * 60)} $$",
+    "a formula of many lines": "$$\\begin{aligned}"
+    + r"\\".join(f"a_{{{n}}} &= {n}" for n in range(90))
+    + "\\end{aligned}$$",
     "a line of code": f"    z = '{'z' * 300}'",
     "inline code": f"So `{'w' * 200}` is.",
 }
@@ -461,6 +547,25 @@ def test_figures_are_numbered_by_order_and_named_as_they_are_typed(typeset):
     assert "See Figures 2 and 4, Table 9." in page.text, "the nearest of both"
     assert page.pictures == 4
     assert page.is_accessible
+
+
+CAPTIONS = ["**Fig. 4.** Mine.", "**Figure 4. Mine.**", "<b>Figure 4:</b> Mine."]
+
+
+@pytest.mark.parametrize("caption", [*CAPTIONS, "__Figure 4__: Mine."])
+def test_captions_of_other_forms_are_numbered_too(typeset, caption):
+    page = typeset(*plot(caption), new_markdown_cell("See Fig. 4 and Figures 4-6."))
+    assert "Figure 1. Mine." in page.text
+    assert "See Fig. 1 and Figures 1" in page.text
+
+
+def test_pictures_in_a_table_fit_their_cells(typeset, tmp_path):
+    (typeset.root / "wide.png").write_bytes(png(width=4000))
+    typeset(new_markdown_cell("|a|b|\n|---|---|\n|![x](wide.png)|![x](wide.png)|"))
+    text = (tmp_path / "typst" / "mine-2.typ").read_text(encoding="utf-8")
+    widths = [int(width) for width in re.findall(r"width: (\d+)pt", text)]
+    assert len(widths) == 2
+    assert sum(widths) < 465
 
 
 def test_what_stands_below_a_caption_stays(typeset):
