@@ -37,11 +37,6 @@ def run_script(name, *arguments, folder=ROOT, timeout=120, **environment):
     )
 
 
-def assert_same_weights(model, other):
-    """Assert that two models hold the same weights, bit for bit."""
-    torch.testing.assert_close(model.state_dict(), other.state_dict(), rtol=0, atol=0)
-
-
 def only_files(folder):
     """Return the files below a folder, without locks, which may be left behind."""
     files = [p for p in folder.rglob("*") if p.is_file() and p.name != ".lock"]

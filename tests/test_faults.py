@@ -66,9 +66,9 @@ def uninterrupted(tmp_path_factory):
 
 
 # One process after another, each killed at one of these; see `small_run`
-SOME_MOMENTS = [("half-written", 3), ("step", 8)]
+SOME_MOMENTS = [("step", 3), ("half-written", 3)]
 # The last is of the history, when the weights are recorded
-MORE = [("step", 3), ("before moving", 3), ("step", 8), ("before moving", 3)]
+MORE = [("before moving", 3), ("step", 8), ("before moving", 3)]
 
 
 @posix

@@ -155,13 +155,12 @@ def test_figures_have_the_numbers_of_the_notebooks_and_links_lead_there(report_p
 def elements(node):
     """Yield the elements of a PDF's structure tree below a node."""
     node = node.get_object()
-    if isinstance(node, list):
-        for kid in node:
-            yield from elements(kid)
-    elif isinstance(node, dict):
-        if "/S" in node:
-            yield node
-        yield from elements(node.get("/K", node.__class__()))
+    for kid in node if isinstance(node, list) else []:
+        yield from elements(kid)
+    if isinstance(node, dict) and "/S" in node:
+        yield node
+    if isinstance(node, dict) and "/K" in node:
+        yield from elements(node["/K"])
 
 
 def test_it_is_accessible_as_pdf_ua_1_asks(report_pdf):
