@@ -44,6 +44,7 @@ NOT_TEXT = ["audio", "canvas", "embed", "iframe", "input", "math", "meter", "obj
 NOT_TEXT += ["progress", "script", "select", "template", "textarea", "video"]
 BROKEN = (Image.DecompressionBombError, RuntimeError)  # a loop of links, an SVG
 SVG = re.compile(r"<svg\b.*?</svg>", re.S)  # before a parser takes it for HTML
+DRAWN = re.compile(r"!\[|<(img|svg|table|iframe|video)\b|^[ >]*\|?[: ]*-+[: ]*\|", re.M)
 UNSEEN = bs4.element.PreformattedString  # comments and the like
 SAYS_NOTHING = re.compile(r"\s*(<IPython.*|<[\w.]+ (object )?at 0x\w+>)?\s*$")
 ECHO = re.compile(
@@ -66,7 +67,9 @@ class Cells:
         self.cells, self.name = notebook.cells, name
         self.folder, self.root = Path(folder), Path(root).resolve()
         counts = {} if counts is None else counts
-        self.captioned, self.numbers = captioned(self.cells), {}
+        belongings = captioned(self.cells)
+        self.captioned = {at: output for at, output in belongings.items() if output}
+        self.numbers = {}
         for place in self.captioned:
             kind, _ = caption_of(self.cells[place])
             counts[kind] = counts.get(kind, 0) + 1
@@ -338,13 +341,22 @@ def missing(diagnostic):
 
 
 def captioned(cells):
-    """Return the output that every caption belongs to, by the place of the caption."""
-    found, groups = {}, []
+    """Return the output that every caption belongs to, by the place of the caption.
+
+    It is None where a caption belongs to something that gets no number: a picture or
+    table in Markdown, or an output that a page cannot show.
+    """
+    found, groups = {}, [([], {"Figure": [], "Table": []})]
     for place, cell in enumerate(cells):
         if cell.cell_type == "code":
             groups.append((cell.outputs, {"Figure": [], "Table": []}))
-        elif is_caption(cell) and groups:
+        elif is_caption(cell):
             groups[-1][1][caption_of(cell)[0]].append(place)
+            near = cells[max(place - 1, 0) : place + 2]
+            text = "\n".join(c.source for c in near if c.cell_type == "markdown")
+            kinds = {kind for out in groups[-1][0] for kind in out.get("data", {})}
+            if DRAWN.search(text) or kinds - {"text/plain"}:
+                found[place] = None
     for outputs, captions in groups:
         for kind, places in captions.items():
             shown = [output for output in outputs if SHOWS[kind](output)]

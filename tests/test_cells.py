@@ -15,7 +15,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 from PIL import Image
 
 from report import notebooks, pdf
-from report.cells import Cells
+from report.cells import Cells, captioned
 
 FACTS = {
     "surname": "Meier",
@@ -557,6 +557,19 @@ def test_captions_of_other_forms_are_numbered_too(typeset, caption):
     page = typeset(*plot(caption), new_markdown_cell("See Fig. 4 and Figures 4-6."))
     assert "Figure 1. Mine." in page.text
     assert "See Fig. 1 and Figures 1" in page.text
+
+
+def test_captions_of_what_is_in_no_output_are_no_mistake():
+    chart = new_output("display_data", {"application/vnd.plotly.v1+json": {}})
+    text = new_output("stream", text="7041")
+    caption = new_markdown_cell("**Figure 4.** Mine.")
+    for before, expected in [
+        (new_code_cell("x", outputs=[chart]), {1: None}),
+        (new_markdown_cell("![x](a.png)"), {1: None}),
+        (new_markdown_cell("a | b\n--|--\n1 | 2"), {1: None}),
+        (new_code_cell("x", outputs=[text]), {}),
+    ]:
+        assert captioned([before, caption]) == expected
 
 
 def test_pictures_in_a_table_fit_their_cells(typeset, tmp_path):
