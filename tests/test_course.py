@@ -167,14 +167,11 @@ A, B = "class SelfAttention2d: pass", "class VisionTransformer: pass"
         ("", None, "NOTEBOOK=a.ipynb is no notebook"),
     ],
 )
-def test_what_cannot_be_filled_in_is_refused(folder, source, epochs, said):
+def test_what_is_not_the_course_s_is_refused(folder, source, epochs, said):
     if source is not None:
         store("a.ipynb", source, kernel=None if source == "" else "x")
     with pytest.raises(UserError, match=re.escape(said)):
         course.run_course("a.ipynb", epochs)
-    assert not Path("build").exists()
-
-
-def test_our_own_notebook_is_not_taken_for_the_course_s(folder):
     with pytest.raises(UserError, match=r"attention.ipynb was made here"):
         course.run_course(str(ROOT / "attention.ipynb"))
+    assert not Path("build").exists()

@@ -68,52 +68,55 @@ def test_given_names_may_hold_what_a_page_can_show():
         check_student("Meier", "Anna\x07", "1")
 
 
-def test_the_environment_comes_before_the_file(tmp_path):
-    path = tmp_path / "student.toml"
+@pytest.fixture
+def read(tmp_path):
+    """Write student.toml, if it is there at all, and read it."""
+
+    def read(content=None, **environment):
+        path = tmp_path / "student.toml"
+        if content is not None:
+            path.write_bytes(
+                content if isinstance(content, bytes) else content.encode()
+            )
+        return read_student(path, environment)
+
+    return read
+
+
+def test_the_environment_comes_before_the_file(read):
     text = 'surname = "Meier"\nmatriculation_number = 1234567\n'
-    path.write_text(text, encoding="utf-8")
-    assert read_student(path, {}).stem == "Meier-1234567"
-    assert read_student(path, {"SURNAME": "Huber"}).stem == "Huber-1234567"
+    assert read(text).stem == "Meier-1234567"
+    assert read(text, SURNAME="Huber").stem == "Huber-1234567"
     with pytest.raises(UserError, match="letters and single hyphens"):
-        read_student(path, {"SURNAME": ""})
+        read(text, SURNAME="")
 
 
-def test_placeholders_are_known(tmp_path):
-    missing = read_student(tmp_path / "none.toml", {})
+def test_placeholders_are_known(read):
+    missing = read()
     assert missing.is_placeholder
     assert missing.given_name == ""
     assert not check_student("Meier", "Given Name", "123").is_placeholder
     assert check_student("Surname", "Anna", "123").is_placeholder
 
 
-@pytest.mark.parametrize("text", ["surname = Meier", 'surname = ["x"]', "\x00"])
-def test_a_broken_file_is_named(tmp_path, text):
-    path = tmp_path / "student.toml"
-    path.write_text(text, encoding="utf-8")
-    with pytest.raises(UserError, match="surname"):
-        read_student(path, {})
+KNOWN = 'surname = "Surname"\n'
 
 
 @pytest.mark.parametrize(
-    ("line", "meant"),
+    ("content", "said"),
     [
-        ('Surname = "Meier"', "write surname"),
-        ('given-name = "Anna"', "write given_name"),
-        ("matriculation = 1234567", "write matriculation_number"),
-        ('Vorname = "Anna"', "surname or given_name"),
-        ("[x]", "write surname or given_name or matriculation_number"),
+        ("surname = Meier", 'quotes, as in surname = "Meier"'),
+        ('surname = ["x"]', "surname must be a text in quotes"),
+        ("\x00", 'quotes, as in surname = "Meier"'),
+        ('surname = "Müller"'.encode("latin-1"), "save it as UTF-8"),
+        ('surname = "Müller"'.encode("utf-16"), "save it as UTF-8"),
+        (KNOWN + 'Surname = "Meier"', "write surname"),
+        (KNOWN + 'given-name = "Anna"', "write given_name"),
+        (KNOWN + "matriculation = 1234567", "write matriculation_number"),
+        (KNOWN + 'Vorname = "Anna"', "surname or given_name"),
+        (KNOWN + "[x]", "write surname or given_name or matriculation_number"),
     ],
 )
-def test_an_unknown_key_is_named_with_the_one_that_is_meant(tmp_path, line, meant):
-    path = tmp_path / "student.toml"
-    path.write_text(f'surname = "Surname"\n{line}\n', encoding="utf-8")
-    with pytest.raises(UserError, match=meant):
-        read_student(path, {})
-
-
-@pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
-def test_a_file_in_another_encoding_is_told_so(tmp_path, encoding):
-    path = tmp_path / "student.toml"
-    path.write_text('surname = "Müller"\n', encoding=encoding)
-    with pytest.raises(UserError, match="save it as UTF-8"):
-        read_student(path, {})
+def test_a_file_that_cannot_be_understood_is_told_so(read, content, said):
+    with pytest.raises(UserError, match=said):
+        read(content)
