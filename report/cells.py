@@ -301,11 +301,15 @@ class Cells:
     def _draw(self, path):
         """See that Typst draws an SVG; signs that no font has become boxes in it."""
         page = f'#set document(title: "x")\n#image("{path.name}", alt: "x")'.encode()
+        options = {"root": str(self.folder), "pdf_standards": ["ua-1"]}
+        options["ignore_system_fonts"] = True  # to look for them takes time
         while True:
             try:
-                typst.compile(page, root=str(self.folder), pdf_standards=["ua-1"])
+                typst.compile(page, **options)
                 return
             except typst.TypstError as error:
+                if options.pop("ignore_system_fonts", False):
+                    continue
                 text = path.read_text("utf-8", "replace")
                 signs = missing(error.diagnostic) & set(text)
                 if not signs:
