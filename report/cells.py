@@ -315,7 +315,8 @@ class Cells:
                 if not signs:
                     raise
                 self.note(f"no font has {' '.join(sorted(signs))}")
-                path.write_text(re.sub(f"[{re.escape(''.join(signs))}]", "□", text))
+                text = re.sub(f"[{re.escape(''.join(signs))}]", "□", text)
+                path.write_text(text, "utf-8")
 
     def _read(self, address):
         """Return bytes and kind of a picture: in its address, or a file below root."""
