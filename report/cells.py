@@ -26,7 +26,7 @@ CAPTION = re.compile(
     r"(?P<typed>\d*)\s*(?:[.:]?\s*(?P<end>\*{2,3}|__|</\w+>)|(?<=\d)[.:]\s)\s*[.:]?\s*"
 )
 MENTION = re.compile(
-    r"\b(Fig|Table)(?:(?:ure)?s?|s?\.)\s+\d+"
+    r"\b(Figure|Table)s?\s+\d+"
     r"(?:(?:[-\u2013]|,\s+|,?\s+(?:and|to|&)\s+)\d+)*(?!\d|\s+(?:of|from)\b)"
 )
 MATH = re.compile(
@@ -218,6 +218,8 @@ class Cells:
             heading["id"] = name + f":{self.headings[name]}" * (self.headings[name] > 1)
         for table in soup("table"):
             size, is_turned = _size(table)
+            for cell in table(["td", "th"], colspan=re.compile(r"\d{3}")):
+                cell["colspan"] = "99"  # a browser has a limit, pandoc has none
             table["data-size"], table["data-turned"] = f"{size:.3f}", str(is_turned)
         self._mentions(soup)
         for place in soup.select(".math-too"):
@@ -241,15 +243,15 @@ class Cells:
         """Make links of figures and tables that are named; keep % with its number."""
 
         def link(found):
-            kind = "Table" if found[1] == "Table" else "Figure"
+            kind = found[1].lower()
 
             def one(part):
-                number = self._number(kind, part[2])
-                return f'<a href="#{kind.lower()}-{number}">{part[1]}{number}</a>'
+                number = self._number(found[1], part[2])
+                return f'<a href="#{kind}-{number}">{part[1]}{number}</a>'
 
-            return re.sub(r"([A-Z][a-z]+\.?\s+|)(\d+)", one, found[0])
+            return re.sub(r"(Figures?\s+|Tables?\s+|)(\d+)", one, found[0])
 
-        for text in soup(string=re.compile(r"(Fig|Table)[a-z.]*\s+\d|\d\s%")):
+        for text in soup(string=re.compile(r"(Figure|Table)s?\s+\d|\d\s%")):
             if not text.find_parent(["a", "code", "pre"]):
                 new = html.escape(re.sub(r"(?<=\d)\s%", "\u00a0%", text), quote=False)
                 text.replace_with(_soup(MENTION.sub(link, new)))
@@ -287,7 +289,7 @@ class Cells:
             if kind == "svg":
                 self._draw(path)
         except (*BROKEN, OSError, ValueError, SyntaxError) as error:
-            reason = re.split("<_io| from '| \\(file", str(error))[0]
+            reason = re.split(r"<_io|:?( from)? '/| \(file", str(error))[0]
             image.replace_with(
                 _soup(self.note(f"the picture {address[:60]!r} ({reason})"))
             )
