@@ -10,10 +10,9 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import small_run
 import torch
 
-import support.demo_data
-import vision_transformer
 from report import build, notebooks
 from report.build import Submission
 from report.pdf import make_pdf
@@ -60,11 +59,7 @@ def edited_notebook(path="attention.ipynb"):
 @pytest.fixture
 def demo_data(monkeypatch):
     """Few generated images instead of CIFAR-10."""
-    monkeypatch.setattr(support.demo_data, "SIZES", {True: 100, False: 40})
-    images = support.demo_data.DemoCIFAR10
-    monkeypatch.setattr(vision_transformer, "CIFAR10", images)
-    monkeypatch.setattr(vision_transformer.make_loaders, "__defaults__", (images,))
-    monkeypatch.setattr(vision_transformer.train_run, "__defaults__", (None, images))
+    small_run.use_few_generated_images(monkeypatch.setattr)
 
 
 @pytest.fixture

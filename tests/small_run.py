@@ -33,11 +33,12 @@ def alive(model):
     return model
 
 
-def use_few_generated_images():
-    demo_data.SIZES = {True: 100, False: 40}
-    vision_transformer.CIFAR10 = demo_data.DemoCIFAR10
-    vision_transformer.make_loaders.__defaults__ = (demo_data.DemoCIFAR10,)
-    vision_transformer.train_run.__defaults__ = None, demo_data.DemoCIFAR10
+def use_few_generated_images(setattr=setattr):
+    images = demo_data.DemoCIFAR10
+    setattr(demo_data, "SIZES", {True: 100, False: 40})
+    setattr(vision_transformer, "CIFAR10", images)
+    setattr(vision_transformer.make_loaders, "__defaults__", (images,))
+    setattr(vision_transformer.train_run, "__defaults__", (None, images))
 
 
 def kill_now(*_):

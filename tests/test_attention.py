@@ -4,15 +4,15 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from attention import SelfAttention2d, torch_attention
+from attention import SelfAttention2d
 
 small = st.integers(1, 5)
 seeds = st.integers(0, 2**31)
 # The same examples every time: the tests are deterministic
-many = settings(max_examples=60, deadline=None, derandomize=True, database=None)
+many = settings(max_examples=40, deadline=None, derandomize=True, database=None)
 
 
 def reference(layer, x):
@@ -43,42 +43,30 @@ def reference(layer, x):
     return output, weights
 
 
-def assert_is_reference(layer, x):
-    output, weights = layer(x), layer.attention_weights(x.flatten(2).mT)
-    expected, expected_weights = reference(layer, x)
-    torch.testing.assert_close(output, expected, rtol=0, atol=1e-12)
-    torch.testing.assert_close(weights, expected_weights, rtol=0, atol=1e-12)
-
-
-def test_values_and_gradients_agree_with_a_plain_float64_reference():
-    torch.manual_seed(0)
-    # All sizes differ, so that no mix-up of two of them can go unnoticed
-    layer = SelfAttention2d(embed_dim=14, head_dim=5, value_dim=3, num_heads=4).double()
-    x = torch.randn(2, 14, 6, 7, dtype=torch.float64, requires_grad=True)
-    assert_is_reference(layer, x)
-    inputs = [x, *layer.parameters()]
-    probe = torch.randn(x.shape, dtype=x.dtype)
-    ours = torch.autograd.grad((layer(x) * probe).sum(), inputs)
-    theirs = torch.autograd.grad((reference(layer, x)[0] * probe).sum(), inputs)
-    for our, their in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(our, their, rtol=0, atol=1e-10)
+def assert_same(ours, theirs, inputs, atol):
+    """Assert that outputs, and gradients of what they depend on, are the same."""
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=atol)
+    if ours.numel():  # else the reference depends on nothing
+        probe = torch.randn_like(ours)
+        one, other = (torch.autograd.grad(o, inputs, probe) for o in (ours, theirs))
+        torch.testing.assert_close(one, other, rtol=0, atol=100 * atol)
 
 
 @pytest.mark.fault("properties")
 @many
 @given(small, small, small, small, st.integers(0, 3), small, small, seeds)
-def test_layers_of_any_sizes_do(size, d_k, d_v, heads, batch, height, width, seed):
+# All sizes differ, so that no mix-up of two of them can go unnoticed
+@example(14, 5, 3, 4, 2, 6, 7, 0)
+def test_values_and_gradients_agree_with_a_plain_float64_reference(
+    size, d_k, d_v, heads, batch, height, width, seed
+):
     torch.manual_seed(seed)
     layer = SelfAttention2d(size, d_k, d_v, heads).double()
-    assert_is_reference(layer, torch.randn(batch, size, height, width).double())
-
-
-@pytest.mark.parametrize("sizes", [(256, 256, 256, 1), (256, 32, 32, 8)])
-def test_agrees_with_torch_in_float64(sizes):
-    torch.manual_seed(0)
-    layer = SelfAttention2d(*sizes).double()
-    x = torch.randn(2, 256, 5, 7, dtype=torch.float64)
-    torch.testing.assert_close(layer(x), torch_attention(layer, x), rtol=0, atol=1e-12)
+    x = torch.randn(batch, size, height, width).double().requires_grad_()
+    expected, weights = reference(layer, x)
+    attention = layer.attention_weights(x.flatten(2).mT)
+    torch.testing.assert_close(attention, weights, rtol=0, atol=1e-12)
+    assert_same(layer(x), expected, [x, *layer.parameters()], 1e-12)
 
 
 def test_defaults_and_attributes_are_those_of_the_course():

@@ -166,30 +166,6 @@ def test_signals_that_are_not_ours_stay_as_they_are(workplace, monkeypatch):
             pass
 
 
-@posix
-@slow
-@fault("Ctrl-C")
-def test_interrupting_a_notebook_says_how_to_go_on(workplace, monkeypatch):
-    from jupyter_client.manager import start_new_kernel
-
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    manager, client = start_new_kernel(kernel_name="python3", cwd=str(workplace))
-    shown = []
-
-    def note(message):
-        shown.append(str(message["content"].get("text")))
-        if "epoch   2" in shown[-1]:
-            manager.interrupt_kernel()
-
-    cell = f"%run {SMALL_RUN} never 0 --batch-size 16 --epochs 1000"
-    try:
-        client.execute_interactive(cell, output_hook=note, timeout=120)
-    finally:
-        client.stop_channels()
-        manager.shutdown_kernel(now=True)
-    assert "are saved in runs" in "".join(shown)
-
-
 # --- Damaged, foreign and hostile files -----------------------------------------------
 
 

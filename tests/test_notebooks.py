@@ -39,7 +39,8 @@ def test_the_skeleton_s_order_is_kept():
     order = (
         "# Task 2; ## Imports and device; class ResidualModule; "
         "class FeedForwardBlock; class SelfAttentionTransformerBlock; "
-        "class VisionTransformer; run_unit_tests(; N_EPOCHS = 50; def train(; figures.plot_training(; "
+        "class VisionTransformer; run_unit_tests(; N_EPOCHS = 50; "
+        "def train(; figures.plot_training(; "
         "## The recorded weights"
     )
     places = [text.index(marker) for marker in order.split("; ")]

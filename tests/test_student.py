@@ -75,16 +75,14 @@ def read(tmp_path):
     def read(content=None, **environment):
         path = tmp_path / "student.toml"
         if content is not None:
-            path.write_bytes(
-                content if isinstance(content, bytes) else content.encode()
-            )
+            path.write_bytes(content)
         return read_student(path, environment)
 
     return read
 
 
 def test_the_environment_comes_before_the_file(read):
-    text = 'surname = "Meier"\nmatriculation_number = 1234567\n'
+    text = b'surname = "Meier"\nmatriculation_number = 1234567\n'
     assert read(text).stem == "Meier-1234567"
     assert read(text, SURNAME="Huber").stem == "Huber-1234567"
     with pytest.raises(UserError, match="letters and single hyphens"):
@@ -119,4 +117,4 @@ KNOWN = 'surname = "Surname"\n'
 )
 def test_a_file_that_cannot_be_understood_is_told_so(read, content, said):
     with pytest.raises(UserError, match=said):
-        read(content)
+        read(content if isinstance(content, bytes) else content.encode())
