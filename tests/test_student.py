@@ -103,9 +103,9 @@ KNOWN = 'surname = "Surname"\n'
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ("surname = Meier", 'quotes, as in surname = "Meier"'),
+        ("surname = Meier", 'surname = "Meier", with quotes'),
         ('surname = ["x"]', "surname must be a text in quotes"),
-        ("\x00", 'quotes, as in surname = "Meier"'),
+        ("\x00", 'surname = "Meier", with quotes'),
         ('surname = "Müller"'.encode("latin-1"), "save it as UTF-8"),
         ('surname = "Müller"'.encode("utf-16"), "save it as UTF-8"),
         (KNOWN + 'Surname = "Meier"', "write surname"),
