@@ -95,7 +95,9 @@ local function Figure(figure)
     content = content:gsub("^#figure%((.*),%s*kind: table%s*%)$", "#{%1}")
   end
   local caption, name = typst(figure.caption.long), label(figure.identifier)
-  return block("#figure(caption: [%s])[%s] %s", caption, content, name)
+  -- The label is inside, since a picture that floats may be on another page
+  content = "#metadata(none) " .. name .. " " .. content
+  return block("#figure(caption: [%s])[%s]", caption, content)
 end
 
 local function CodeBlock(code)

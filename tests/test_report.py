@@ -144,12 +144,16 @@ def test_figures_have_the_numbers_of_the_notebooks_and_links_lead_there(report_p
     captions = re.findall(r"^\*\*Figure (\d+)\.\*\*", SOURCES, re.MULTILINE)
     assert captions == [str(n) for n in range(1, len(captions) + 1)]
     assert re.findall(r"\nFigure (\d+)\. ", "".join(pages)) == captions
+    links = 0
     for here, page in zip(pages, pypdf.PdfReader(report_pdf).pages, strict=True):
+        named = set(re.findall(r"(?:Figure|Table)\s+\d+", here))
         for link in page.get("/Annots", []):
-            target = re.match(r"Figure, page (\d+)", link.get_object()["/Contents"])
-            if target:
-                there = re.findall(r"\nFigure (\d+)\. ", pages[int(target[1]) - 1])
-                assert set(re.findall(r"Figures? (\d+)", here)) & set(there)
+            target = re.fullmatch(r"page (\d+)", link.get_object()["/Contents"])
+            if target and named:
+                there = pages[int(target[1]) - 1]
+                assert named & set(re.findall(r"\n((?:Figure|Table) \d+)\. ", there))
+                links += 1
+    assert links >= len(captions)
 
 
 def test_it_is_accessible_as_pdf_ua_1_asks(report_pdf):
