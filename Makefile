@@ -3,6 +3,7 @@
 PYTHON ?= python3
 # Whatever is typed goes there, also where a file or folder has that name
 COMMANDS := $(or $(MAKECMDGOALS),help)
+$(if $(word 2,$(COMMANDS)),$(error one command at a time, not $(COMMANDS)))
 
 .PHONY: $(COMMANDS)
 $(COMMANDS):

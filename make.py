@@ -156,7 +156,7 @@ def run(command):
     if number != signal.SIGINT:
         print(
             f"error: it was ended from outside ({signal.strsignal(number)}), or lacked "
-            "memory: the same command goes on from what is stored",
+            "memory: type the same again, and a training goes on from what is stored",
             file=sys.stderr,
         )
     return 128 + number  # as shells have it
@@ -345,5 +345,5 @@ if __name__ == "__main__":
     try:
         sys.exit(main(sys.argv[1:]))
     except KeyboardInterrupt:
-        print("\nInterrupted: type the same again to go on.", file=sys.stderr)
+        print("\nInterrupted: type the same again.", file=sys.stderr)
         sys.exit(130)

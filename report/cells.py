@@ -77,6 +77,9 @@ class Cells:
         self.sources, self.left_out, self.files, self.notes = {}, [], [], []
         self.place, self.level, self.macros = 0, 0, ""
         self.headings = {}  # how many there are of each name
+        self.floats = (
+            False  # whether a picture stands apart, since its code is not shown
+        )
 
     def html(self):
         """Return all cells; each begins with a mark that names it."""
@@ -89,7 +92,8 @@ class Cells:
             parts.append(pre("mark", stem))
             if cell.cell_type == "code":
                 is_told = "Not shown (" in str(cell.outputs)
-                if "appendix" in cell.metadata.get("tags", []):
+                self.floats = "appendix" in cell.metadata.get("tags", [])
+                if self.floats:
                     self.left_out.append(source)
                 elif source.strip():
                     parts.append(pre("source", breakable(source)))
@@ -180,8 +184,8 @@ class Cells:
             shown = self._best(output.data, False)
         number = self.numbers[self.place]
         return (
-            f'<figure id="{kind.lower()}-{number}">{shown}<figcaption><b>{kind} '
-            f"{number}.</b> {first}</figcaption></figure>{text}"
+            f'<figure id="{kind.lower()}-{number}" data-floats="{self.floats}">{shown}'
+            f"<figcaption><b>{kind} {number}.</b> {first}</figcaption></figure>{text}"
         )
 
     def _parse(self, text):

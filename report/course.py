@@ -35,6 +35,8 @@ EPOCHS = re.compile(r"^(N_EPOCHS *(?::.*)?= *)(\d+)", re.M)
 def run_course(path, epochs=None):
     """Fill in a notebook of the course, execute it and store it, also if it fails."""
     source = Path(path or "").expanduser()
+    if not source.is_file():
+        raise UserError(f"NOTEBOOK={path or ''}: there is no such file")
     try:
         notebook = read_notebook(source)
     except UserError as error:

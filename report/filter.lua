@@ -95,9 +95,10 @@ local function Figure(figure)
     content = content:gsub("^#figure%((.*),%s*kind: table%s*%)$", "#{%1}")
   end
   local caption, name = typst(figure.caption.long), label(figure.identifier)
-  -- The label is inside, since a picture that floats may be on another page
-  content = "#metadata(none) " .. name .. " " .. content
-  return block("#figure(caption: [%s])[%s]", caption, content)
+  -- The label is inside: a picture that floats may be on another page
+  local place = attribute(figure, "floats") == "True" and tables == 0 and "auto"
+  local form = "#figure(placement: %s, caption: [%s])[#metadata(none) %s %s]"
+  return block(form, place or "none", caption, name, content)
 end
 
 local function CodeBlock(code)

@@ -311,8 +311,9 @@ def _tag(rest, code, script, notebook):
             said.append(f"cell {number} ({first})")
     if said:
         print(
-            f"{', '.join(reversed(said))} of {notebook} computes what no function "
-            f"reads, or does more than define: a comment in {script}."
+            f"Only in {notebook}, and comments in {script}, as they do more than "
+            f"define: {', '.join(reversed(said))}. To import a function, give it a "
+            "cell of its own."
         )
 
 

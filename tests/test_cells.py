@@ -553,6 +553,14 @@ def test_figures_are_numbered_by_order_and_named_as_they_are_typed(typeset):
     assert page.is_accessible
 
 
+@pytest.mark.parametrize(("tags", "first"), [([], "before"), (["appendix"], "Figure")])
+def test_a_picture_floats_where_its_code_is_not_shown(typeset, tags, first):
+    cells = [new_markdown_cell("Words before. " * 20), *plot("**Figure.** Mine.")]
+    cells[1].metadata["tags"] = tags
+    text = typeset(*cells, new_markdown_cell("Words after.")).pages[0].extract_text()
+    assert re.search("before|Figure 1", text)[0].startswith(first)
+
+
 CAPTIONS = ["**Fig. 4.** Mine.", "**Figure 4. Mine.**", "<b>Figure 4:</b> Mine."]
 
 

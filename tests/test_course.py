@@ -163,7 +163,7 @@ A, B = "class SelfAttention2d: pass", "class VisionTransformer: pass"
         (A + "\nx = (", None, "a.ipynb, cell 2, line 2: "),
         (A, "1", "a.ipynb sets no N_EPOCHS"),
         ("N_EPOCHS = 5\n" + A, "0", "EPOCHS=0 is no positive number"),
-        (None, None, "NOTEBOOK=a.ipynb is no notebook"),
+        (None, None, "NOTEBOOK=a.ipynb: there is no such file"),
         ("", None, "NOTEBOOK=a.ipynb is no notebook"),
     ],
 )
