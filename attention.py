@@ -97,7 +97,7 @@ class SelfAttention2d(nn.Module):
         """Return softmax(Q K^T / sqrt(d_k)) of tokens (B, L, D): (B, h, L, L)."""
         q = self.split_heads(self.q(x)) / math.sqrt(self.head_dim)  # (B, h, L, d_k)
         k = self.split_heads(self.k(x))  # (B, h, L, d_k)
-        return (q @ k.mT).softmax(dim=-1)  # a row is what a token gives to all L
+        return (q @ k.mT).softmax(dim=-1)  # row i: how token i weights all L
 
     def split_heads(self, features):
         """Split (B, L, h * d) into heads: (B, h, L, d)."""
@@ -124,15 +124,15 @@ class SelfAttention2d(nn.Module):
 #
 # The two tests below repeat the course's own tests: the weights of the layer are copied
 # into `nn.MultiheadAttention`, which must return the same tokens on the same kind of
-# input (4 x 256 x 24 x 24), within `rtol=1e-2` and `atol=1e-5`. They are written to the
-# same facts, since the course's notebook is not part of this hand-in.
+# input (4 x 256 x 24 x 24), within `rtol=1e-2` and `atol=1e-5`. The course's notebook
+# may not be handed on, so they are written to the same facts.
 
 
 # %%
 def torch_attention(layer, x):
     """Return what ``nn.MultiheadAttention`` makes of the layer's weights and a grid.
 
-    The heads must fill the token, the only sizes that PyTorch's layer knows.
+    It asks for head_dim = value_dim = embed_dim / num_heads.
     """
     theirs = nn.MultiheadAttention(
         layer.embed_dim, layer.num_heads, bias=False, batch_first=True
@@ -227,7 +227,7 @@ if __name__ == "__main__":
 # falls to nearly zero. -->
 
 # %% [markdown]
-# With the division, the spread of the logits does not depend on the size of a head.
+# With the division, how far the logits scatter does not depend on the size of a head.
 # Without it, large heads attend to hardly more than one token before anything is
 # learned. The variance of a real layer depends on its initial weights, and a trained
 # head can grow its logits.
@@ -281,6 +281,6 @@ if __name__ == "__main__":
 # other two, memory and time, rise ever more steeply. -->
 
 # %% [markdown]
-# The counted operations cross at $L = 2D = 512$ tokens. Memory grows with $L^2$ too,
-# since $h L^2$ attention weights are kept. This is why a Vision Transformer attends
-# over patches and not over pixels: a CIFAR-10 image has 64 patches, but 1024 pixels.
+# Memory grows with $L^2$ too, since $h L^2$ attention weights are kept. This is why a
+# Vision Transformer attends over patches and not over pixels: a CIFAR-10 image has 64
+# patches, but 1024 pixels.

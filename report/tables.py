@@ -71,8 +71,8 @@ def result(history):
         f"images correctly by the recipe, which validates with dropout active, and "
         f"{evaluated[-1]:.2%} with model.eval(). {reached} The means of the last ten "
         f"epochs are {statistics.mean(recipe[-10:]):.1%} and "
-        f"{statistics.mean(evaluated[-10:]):.1%}. Each figure has a standard error of "
-        f"{error:.1f} points, from 10,000 images; the run has one seed."
+        f"{statistics.mean(evaluated[-10:]):.1%}. Each accuracy has a standard error "
+        f"of {error:.1f} points, from 10,000 images; the run has one seed."
     ).replace("%", "\u00a0%")
 
 

@@ -144,7 +144,7 @@ def plot_cost(sides):
         axes[panel].loglog(tokens, scaled, style, color=color, label=label)
     crossing = 2 * layer.embed_dim
     axes[0].axvline(crossing, color=GREY, linestyle=":", label="$L = 2D$")
-    axes[0].legend()
+    axes[0].legend(loc="upper left")
     for ax, what in zip(
         axes, ("operations / million", "memory / MiB", "time / ms"), strict=True
     ):
@@ -367,7 +367,7 @@ def show_confident(predictions, least=(0.5, 0.9, 0.99, 0.999)):
         for chosen in [confidence >= mark]
         for hits in [correct[chosen]]
     ]
-    return _table(["confidence", "images / %", "correct / %"], rows)
+    return _table(["confidence ≥", "images / %", "correct / %"], rows)
 
 
 # --- Task 2: trials ---------------------------------------------------
@@ -475,7 +475,7 @@ def plot_attention_distance(model, predictions):
     ax.plot(layers, distances.mean(dim=1), "-", color=ORANGE, label="mean of the heads")
     even = attention_distance(torch.ones_like(weights[:1, :1, :1]), model.patch_size)
     ax.axhline(even.item(), linestyle=":", color=GREY, label="even attention")
-    ax.set(xlabel="encoder block", ylabel="distance / pixels", ylim=(0, None))
+    ax.set(xlabel="encoder block", ylabel="distance / pixels", ylim=(0, 20))
     ax.set(xticks=range(1, len(distances) + 1))
     ax.grid(alpha=0.3)
     ax.legend(ncols=2, loc="lower left")

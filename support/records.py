@@ -351,13 +351,13 @@ def table_of_epochs(history):
     total, steps = len(by_recipe), len(history["train_losses"]) // len(by_recipe)
     shown = {1, 2, 5, 10, *range(10, total + 1, 10), total}
     shown |= {first_epoch_at(by_recipe, mark) for mark in (0.25, 0.5, 0.7)}
-    lines = ["epoch   training loss   accuracy by the recipe   with eval()"]
+    lines = ["epoch   training loss / nats   accuracy by the recipe   with eval()"]
     for epoch in sorted(shown & {*range(1, total + 1)}):
         loss = statistics.mean(
             history["train_losses"][(epoch - 1) * steps : epoch * steps]
         )
         accuracies = by_recipe[epoch - 1], history["val_accs_eval"][epoch - 1]
-        lines.append("{:5}{:16.3f}{:25.4f}{:14.4f}".format(epoch, loss, *accuracies))
+        lines.append("{:5}{:23.3f}{:25.4f}{:14.4f}".format(epoch, loss, *accuracies))
     return "\n".join(lines)
 
 
