@@ -77,9 +77,7 @@ class Cells:
         self.sources, self.left_out, self.files, self.notes = {}, [], [], []
         self.place, self.level, self.macros = 0, 0, ""
         self.headings = {}  # how many there are of each name
-        self.floats = (
-            False  # whether a picture stands apart, since its code is not shown
-        )
+        self.floats = False  # a picture does so where its code is not shown
 
     def html(self):
         """Return all cells; each begins with a mark that names it."""
