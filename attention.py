@@ -268,7 +268,7 @@ if __name__ == "__main__":
 # products while a grid passes through the layer, and measures time and memory beside
 # them.
 
-# %% tags=["active-ipynb", "appendix"]
+# %% tags=["active-ipynb", "appendix", "timed"]
 # figures.plot_cost(sides=[8, 16, 32, 48]);
 
 # %% [markdown]

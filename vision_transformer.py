@@ -230,9 +230,11 @@ class VisionTransformer(nn.Module):
 
     def patchify(self, x):
         """Turn images (B, C, H, W) into tokens (B, L, D) that know their position."""
-        p, rows = self.patch_size, self.image_size // self.patch_size
-        axes = {"C": self.in_channels, "H": rows, "W": rows, "p": p, "q": p}
-        x = einops.rearrange(x, "B C (H p) (W q) -> B (H W) (p q C)", **axes)
+        p, n = self.patch_size, self.image_size // self.patch_size
+        axes = {"C": self.in_channels, "row": n, "column": n, "p": p, "q": p}
+        x = einops.rearrange(
+            x, "B C (row p) (column q) -> B (row column) (p q C)", **axes
+        )
         return self.patch_embedding(x) + self.position_embedding[:, 1:]
 
     def forward(self, x):
@@ -551,8 +553,8 @@ def train_run(settings, cache_dir, device, folder=None, dataset=CIFAR10):
 
 # %% [markdown]
 # Fifty epochs take hours without a GPU, so a finished run is loaded, after a check that
-# it belongs to this model and the parameters above. The text below reads the run in
-# `runs/exercise`.
+# it belongs to this model and the parameters above; the folder of a new run in `RUN`,
+# or `python train.py`, trains one. The text below reads the run in `runs/exercise`.
 
 # %% tags=["active-ipynb"]
 # settings = {"dataset": CIFAR10.__name__, "batch_size": BATCH_SIZE, "lr": LR}
@@ -709,7 +711,7 @@ def train_run(settings, cache_dir, device, folder=None, dataset=CIFAR10):
 # figures.plot_attention_distance(model, predictions);
 
 # %% [markdown]
-# **Figure 11.** Mean attention distance of every head against depth, over the first 256
+# **Figure 11.** Mean attention distance of every head against depth, over the first 128
 # test images (after Dosovitskiy et al., 2021, Fig. 7, right): of the trained model
 # (blue, their mean in orange) and before training (grey). Dotted: the distance of a
 # head that attends to all patches alike. The last block is left out: the head of the
@@ -728,9 +730,9 @@ def train_run(settings, cache_dir, device, folder=None, dataset=CIFAR10):
 # figures.plot_rollout(model, predictions);
 
 # %% [markdown]
-# **Figure 12.** The first test image of eight classes, and attention rollout as in
-# [Abnar and Zuidema, 2020](https://arxiv.org/abs/2005.00928): the weights of all
-# blocks, as means over heads and with the residual connections, multiplied
+# **Figure 12.** The first test image of each class but the last two, and attention
+# rollout as in [Abnar and Zuidema, 2020](https://arxiv.org/abs/2005.00928): the weights
+# of all blocks, as means over heads and with the residual connections, multiplied
 # through all blocks, from the class token to each patch, relative to the largest.
 # <!-- alt: Eight images in a row, and under each a heat map of eight by eight patches
 # with a colour scale. Its bright patches lie on the object in some images, and are

@@ -20,6 +20,7 @@ from report.sync import (
     code_checksums,
     contents,
     first_not_executed,
+    tags_of,
 )
 from support.dataset import fetch
 from support.demo_data import DemoCIFAR10
@@ -28,6 +29,7 @@ from support.records import PRESETS, UserError, checksum, describe, read_history
 BUILD = Path("build")
 DEMO = {"dataset": DemoCIFAR10.__name__, "batch_size": 32, "n_epochs": 2}
 PARAMETERS = "parameters"  # papermill's name for the cell
+TIMED = "timed"  # the tag of a cell that measures, so shows something else every time
 OTHER_RUN = """\
 # injected: the run that was asked for; an edit of this cell is not kept
 BATCH_SIZE, LR, N_EPOCHS, SEED = {batch_size}, {lr!r}, {n_epochs}, {seed}
@@ -172,11 +174,18 @@ def store_notebooks(submission, keep=None):
 
 
 def _looks_the_same(notebook, path):
-    """Return whether a stored notebook differs only in when it was executed."""
+    """Return whether a stored notebook differs in nothing but times.
+
+    Those are when it was executed, and what a cell tagged ``timed`` measured.
+    """
 
     def seen(book):
         facts = {**book.metadata.get("provenance", {}), "executed": ""}
-        outputs = [(c.get("execution_count"), c.get("outputs")) for c in book.cells]
+        outputs = [
+            (cell.get("execution_count"), cell.get("outputs"))
+            for cell in book.cells
+            if TIMED not in tags_of(cell)
+        ]
         return facts, contents(book), outputs
 
     return path.is_file() and seen(notebooks.read_notebook(path)) == seen(notebook)

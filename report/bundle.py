@@ -118,7 +118,6 @@ def _members(submission, weights, pictures):
     files = [
         *SCRIPTS,
         *(Path("support", name) for name in ("__init__.py", "demo_data.py")),
-        Path("recipe_check.py"),
         *map(Path, LISTINGS),
         *(submission.run / name for name in record),
         *pictures,

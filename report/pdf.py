@@ -25,6 +25,7 @@ LISTINGS = (
         for name in ("analysis", "figures", "records", "training", "dataset")
     ),
     "train.py",
+    "recipe_check.py",
 )
 WHERE = re.compile(r"┌─ .*?([^/\\\s]+)\.typ:")
 MARK = re.compile(r"^// cell-of-notebook-c7b1 (\S+)$\n", re.MULTILINE)

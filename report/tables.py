@@ -9,11 +9,7 @@ from torchvision.datasets import CIFAR10
 from report.course import executed
 from report.sync import edited_since, provenance
 from support.dataset import ARCHIVE_MD5, is_present
-from support.records import (
-    describe,
-    finished,
-    first_epoch_at,
-)
+from support.records import describe, finished, first_epoch_at
 
 RECIPE = "make_loaders to train_run"
 GRID_ATTENTION = "SelfAttention2d.forward to SelfAttention2d"

@@ -331,6 +331,7 @@ def plot_predictions(predictions):
     pixels, labels, logits, classes = predictions
     # In double precision, since many round to 100 % in single
     confidence, predicted = logits.double().softmax(dim=-1).max(dim=-1)
+    percent = (1000 * confidence).floor() / 10  # none is rounded up to 100
     right = predicted == labels
     order = confidence.argsort(descending=True)
     columns = 6
@@ -348,7 +349,7 @@ def plot_predictions(predictions):
         for ax, index in zip(axes_row, chosen.tolist(), strict=False):
             ax.imshow(pixels[index])
             ax.set_title(
-                f"{classes[predicted[index]]}\n{100 * confidence[index]:.0f} %",
+                f"{classes[predicted[index]]}\n{percent[index]:.1f} %",
                 size="medium",
                 color="black" if right[index] else ORANGE,
             )
@@ -458,7 +459,7 @@ def plot_position_similarity(model, history):
 @needs_results
 def plot_attention_distance(model, predictions):
     """Plot the attention distance of every head of all blocks but the last."""
-    images = normalised(predictions.pixels[:256])
+    images = normalised(predictions.pixels[:128])
     torch.manual_seed(0)
     untrained = VisionTransformer().to(model.head.weight.device)
     figure, ax = _panels(2.1, 1, 1)
