@@ -148,11 +148,12 @@ def bring_together(script, notebook, keep=None):
     ours, theirs = read_script(script), read_notebook(notebook)
     pictures = _take_pictures(theirs, notebook, script.parent / PICTURES)
     made_from = provenance(theirs).get("source")
-    was_edited = made_from != cell_checksums(theirs), made_from != cell_checksums(ours)
+    use_notebook = made_from != cell_checksums(theirs)  # it was edited
+    use_script = made_from != cell_checksums(ours)
     are_same = contents(ours) == contents(theirs)
-    if are_same and not any(was_edited):
+    if are_same and not (use_notebook or use_script):
         return
-    if was_edited == (True, True) and not are_same:
+    if use_notebook and use_script and not are_same:
         if keep not in SIDES:
             # Where that is not known, each is compared with the other
             places = _edits(notebook, theirs, made_from or cell_checksums(ours))
@@ -163,10 +164,10 @@ def bring_together(script, notebook, keep=None):
                 "same again with KEEP=notebook or KEEP=script; the other one is copied "
                 f"into {KEPT.as_posix()} first"
             )
-        was_edited = keep == "notebook", keep == "script"
-        _copy(script if keep == "notebook" else notebook)
+        use_notebook = keep == "notebook"
+        _copy(script if use_notebook else notebook)
     text, dropped = None, []
-    if was_edited[0] and not are_same:
+    if use_notebook and not are_same:
         text, dropped = _script_with_cells(ours, theirs, script, notebook)
     elif not are_same:
         _use_cells(theirs, ours)
