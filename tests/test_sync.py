@@ -372,7 +372,7 @@ def test_a_code_cell_turned_into_text_keeps_no_tag_of_code():
         del cell["outputs"], cell["execution_count"]
     report()
     for path in PATHS.values():
-        assert tags_of(path, cell.source) == ["appendix"]
+        assert tags_of(path, cell.source) == ["appendix", "timed"]
     assert f"\n# {cell.source}\n" in read(SCRIPT)
 
 
