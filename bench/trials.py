@@ -312,7 +312,11 @@ PATCHES = {
         cosine_patches(new_model())
     ),
 }
-PATCH_FINALS = ("cosine patches", "cosine patches, paper dropout", "whitened patches")
+PATCH_FINALS = (
+    "cosine patches, own rows",
+    "cosine patches, soft queries",
+    "cosine patches",
+)
 ABLATIONS = {  # beside the finals, whose first epochs are ablations, too
     "no positions": lambda: no_positions(new_model()),
     "one head": lambda: new_model(n_heads=1),
