@@ -39,25 +39,16 @@ sys.path.insert(0, str(ROOT))
 
 import vision_transformer as ours  # noqa: E402
 from attention import choose_device  # noqa: E402
+from support import records  # noqa: E402
 from support.analysis import calibration  # noqa: E402
 from support.dataset import fetch  # noqa: E402
-from support.records import (  # noqa: E402
-    PRESETS,
-    QUICK_RECORD,
-    TRIALS_TABLE,
-    UserError,
-    first_epoch_at,
-    load_record,
-    processor_name,
-    read_history,
-    write_whole,
-)
 from support.training import Run, use_quick_dropout  # noqa: E402
 
 FOLDER = ROOT / "bench" / "trials"
 RUNS = ROOT / "build" / "trials"
 HELD_OUT = 5_000
 SETTINGS_SHOWN = ("group", "name", "batch_size", "lr", "epochs", "images", "seed")
+MAIN = "zero branches, MLP dropout"  # the model of the report
 SEEDS = (1, 2)  # beside 0, that of runs/quick and of all trials but some ablations
 
 
@@ -88,18 +79,16 @@ class Trial:
 # --- Models --------------------------------------------------------------------------
 
 
-def new_model(**sizes):
-    """The model of the report: branches that begin at zero, dropout in the MLPs."""
-    return ours.VisionTransformer(**sizes)
+# The model of the report: branches that begin at zero, dropout in the MLPs
+new_model = ours.VisionTransformer
 
 
 def full_branches(model, gain=1.0):
     """Let the last layer of every branch begin as the other linear layers do."""
     for block in model.blocks:
         nn.init.xavier_uniform_(block.attention.inner_module[1].out.weight, gain)
-        nn.init.xavier_uniform_(
-            block.feed_forward.inner_module[1].layers[3].weight, gain
-        )
+        mlp = block.feed_forward.inner_module[1]
+        nn.init.xavier_uniform_(mlp.layers[3].weight, gain)
     return model
 
 
@@ -275,7 +264,7 @@ def no_positions(model):
 
 FINALS = {
     "full branches, MLP dropout": lambda: full_branches(new_model()),
-    "zero branches, MLP dropout": new_model,
+    MAIN: new_model,
     "zero branches, block dropout": lambda: block_dropout(new_model()),
     "zero branches, paper dropout": lambda: paper_dropout(new_model()),
 }
@@ -346,14 +335,8 @@ MODELS = {
 TRIALS = [
     *(Trial("screen", name, epochs=1, images=15_000) for name in SCREENS),
     *(Trial("final", name, 40, 5_000, batch_size=128) for name in FINALS),
-    *(
-        Trial("settings", name, 4, 15_000, *setting)
-        for name, setting in SETTINGS.items()
-    ),
-    *(
-        Trial("ablation", "zero branches, MLP dropout", 20, 5_000, 128, seed=seed)
-        for seed in SEEDS
-    ),
+    *(Trial("settings", name, 4, 15_000, *SETTINGS[name]) for name in SETTINGS),
+    *(Trial("ablation", MAIN, 20, 5_000, 128, seed=seed) for seed in SEEDS),
     *(Trial("ablation", name, 20, 5_000, batch_size=128) for name in ABLATIONS),
     *(Trial("patches", name, 1, 15_000) for name in PATCHES),
     *(Trial("patches-final", name, 40, 5_000, batch_size=128) for name in PATCH_FINALS),
@@ -365,13 +348,9 @@ def loaders(trial, cache_dir):
     order = torch.randperm(50_000, generator=torch.Generator().manual_seed(0)).tolist()
     augmented = CIFAR10(cache_dir, train=True, transform=ours.TRAIN_TRANSFORM)
     plain = CIFAR10(cache_dir, train=True, transform=ours.VAL_TRANSFORM)
-    train_loader = DataLoader(
-        Subset(augmented, order[HELD_OUT:][: trial.images]),
-        trial.batch_size,
-        shuffle=True,
-        drop_last=True,
-        num_workers=2,
-    )
+    chosen = Subset(augmented, order[HELD_OUT:][: trial.images])
+    options = {"shuffle": True, "drop_last": True, "num_workers": 2}
+    train_loader = DataLoader(chosen, trial.batch_size, **options)
     return train_loader, DataLoader(Subset(plain, order[:HELD_OUT]), 500)
 
 
@@ -383,7 +362,7 @@ def run(trial, cache_dir, device):
     training_run = Run(asdict(trial), RUNS / trial.stem)
     train_loader, held_out = loaders(trial, cache_dir)
     if training_run.is_finished:
-        _, history = load_record(training_run.folder, asdict(trial), model)
+        _, history = records.load_record(training_run.folder, asdict(trial), model)
     else:
         history = ours.train(
             model, train_loader, held_out, trial.lr, trial.epochs, device, training_run
@@ -399,7 +378,7 @@ def run(trial, cache_dir, device):
         "held_out_ece": calibration_error,
         "epoch_seconds": history["epoch_seconds"],
         "parameters": history["parameters"],
-        "machine": processor_name(),
+        "machine": records.processor_name(),
         "threads": torch.get_num_threads(),
         "date": history["date"],
     }
@@ -412,7 +391,7 @@ def seed_path(seed):
 
 def run_seed(seed, cache_dir, device):
     """Train, or continue, the quick run with another seed; return its record."""
-    settings = PRESETS["quick"] | {"seed": seed}
+    settings = records.PRESETS["quick"] | {"seed": seed}
     _, history = ours.train_run(settings, cache_dir, device)
     kept = ["val_accs", "val_accs_eval", "epoch_seconds", "machine", "versions", "date"]
     kept += ["format", "weights_sha256"]
@@ -421,7 +400,7 @@ def run_seed(seed, cache_dir, device):
 
 def store(path, record):
     """Write the record of a trial, and say what it reached."""
-    write_whole(path, (json.dumps(record, indent=1) + "\n").encode())
+    records.write_whole(path, (json.dumps(record, indent=1) + "\n").encode())
     kind = "val_accs" if "val_accs" in record else "held_out_accs"
     print(
         f"{path.stem}: accuracy {record[kind][-1]:.4f} (recipe), "
@@ -438,10 +417,7 @@ def table():
     mean over the last five if there are 20 or more, since single epochs scatter. Of a
     quick run, they are of the test images.
     """
-    found = [
-        json.loads(path.read_text(encoding="utf-8"))
-        for path in sorted(FOLDER.glob("*.json"))
-    ]
+    found = [json.loads(p.read_text("utf-8")) for p in sorted(FOLDER.glob("*.json"))]
     short = [record for record in found if "held_out_accs" in record]
     for final in [record for record in short if record["group"] == "final"]:
         # Its first epochs have the settings and the images of an ablation
@@ -458,12 +434,10 @@ def table():
         rows.append([*settings, f"{100 * recipe:.2f}", f"{100 * evaluated:.2f}"])
         rows[-1] += ["" if loss is None else f"{loss:.3f}", ""]
     quick = [record for record in found if "val_accs" in record]
-    for history in [read_history(ROOT / QUICK_RECORD), *quick]:
-        ends = (
-            f"{100 * history[key][-1]:.2f}" for key in ("val_accs", "val_accs_eval")
-        )
+    for history in [records.read_history(ROOT / records.QUICK_RECORD), *quick]:
+        ends = [f"{100 * history[k][-1]:.2f}" for k in ("val_accs", "val_accs_eval")]
         settings = (history[key] for key in ("batch_size", "lr", "n_epochs"))
-        first = first_epoch_at(history["val_accs"], 0.7)
+        first = records.first_epoch_at(history["val_accs"], 0.7)
         rows.append(["quick", "seeds", *settings, 50_000, history["seed"], *ends])
         rows[-1] += ["", first]
     buffer = io.StringIO()
@@ -496,8 +470,8 @@ def main():
         for seed in SEEDS if "seeds" in arguments.groups else ():
             if not seed_path(seed).exists():
                 store(seed_path(seed), run_seed(seed, arguments.cache_dir, device))
-        write_whole(ROOT / TRIALS_TABLE, table().encode())
-    except UserError as error:
+        records.write_whole(ROOT / records.TRIALS_TABLE, table().encode())
+    except records.UserError as error:
         return f"error: {error}"
     except KeyboardInterrupt:
         return 130

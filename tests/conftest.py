@@ -64,7 +64,6 @@ def demo_data(monkeypatch):
 
 @pytest.fixture
 def workplace(tmp_path, monkeypatch):
-    """An empty folder as the working directory."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -123,7 +122,6 @@ def executed(monkeypatch):
 
 @pytest.fixture(scope="session")
 def report_pdf(reported):
-    """The path of that PDF."""
     return reported / "report" / f"{STUDENT.stem}.pdf"
 
 
@@ -132,8 +130,7 @@ def report_pdf(reported):
 
 def pytest_collection_modifyitems(items):
     for item in items:
-        fault = item.get_closest_marker("fault")
-        if fault:
+        for fault in item.iter_markers("fault"):
             item.user_properties.append(("fault", fault.args[0]))
 
 

@@ -5,7 +5,6 @@ import re
 
 import jupytext
 import matplotlib
-import numpy as np
 import pytest
 import torch
 from conftest import ROOT
@@ -15,7 +14,6 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.text import Text
 
-from attention import SelfAttention2d
 from support import analysis, demo_data, figures
 from vision_transformer import VisionTransformer
 
@@ -75,13 +73,6 @@ def test_figures_fit_the_text_and_have_labels_and_legends(name):
         assert len(ax.lines) < 2 or ax.get_legend(), "no legend"
 
 
-def test_no_plot_is_left_out():
-    assert {name for name in vars(figures) if name.startswith("plot_")} == set(FIGURES)
-
-
-# --- Captions and alternative texts --------------------------------------------------
-
-
 def test_plots_have_captions_with_alternatives_and_the_text_names_them():
     numbers, named = set(), set()
     for name in ("attention.py", "vision_transformer.py"):
@@ -99,9 +90,6 @@ def test_plots_have_captions_with_alternatives_and_the_text_names_them():
                 named |= {number for pair in pairs for number in pair if number}
     assert named == numbers
     assert len(numbers) == len(FIGURES)
-
-
-# --- What the figures are drawn from --------------------------------------------------
 
 
 def test_the_stages_have_the_shapes_of_the_model():
@@ -138,12 +126,8 @@ def test_costs_are_those_of_the_formulas(capsys):
 
 
 def test_confusion_counts_true_classes_by_row():
-    assert analysis.confusion(LOGITS, LABELS).tolist() == [
-        [1, 0, 0, 1],
-        [1, 1, 0, 0],
-        [0, 0, 1, 0],
-        [0, 0, 0, 1],
-    ]
+    expected = [[1, 0, 0, 1], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]
+    assert analysis.confusion(LOGITS, LABELS).tolist() == expected
 
 
 def test_calibration_of_known_confidences():
@@ -200,24 +184,6 @@ def test_rollout_is_the_product_of_the_layers_from_the_last_to_the_first():
     assert analysis.rollout(nothing).abs().max() == 0
 
 
-def test_memory_kept_grows_with_the_square_of_the_tokens():
-    layer = SelfAttention2d()
-    small, large = (
-        analysis.saved_for_backward(layer, torch.randn(1, 256, side, side))
-        for side in (16, 32)
-    )
-    weights = 8 * 1024**2 * 4  # h L^2 float32
-    assert weights < large < 2 * weights
-    assert 8 < large / small < 16
-
-
-def test_counted_operations_are_those_of_the_formulas():
-    for heads in (1, 8):
-        layer = SelfAttention2d(256, 256 // heads, 256 // heads, heads)
-        counted = analysis.count_operations(layer, torch.randn(1, 256, 16, 32))
-        assert counted == (2 * 4 * 512 * 256**2, 2 * 2 * 512**2 * 256)
-
-
 def test_scaled_logits_keep_their_deviation_and_the_softmax_its_breadth():
     measured = analysis.measure_scaling([4, 64, 1024])
     deviations, entropies = measured[True]
@@ -227,28 +193,3 @@ def test_scaled_logits_keep_their_deviation_and_the_softmax_its_breadth():
     for deviation, law in zip(deviations, (2, 8, 32), strict=True):
         assert abs(deviation / law - 1) < 0.1
     assert entropies[-1] < 0.3
-
-
-def test_tiles_stand_in_order_with_a_gap():
-    tiles = np.arange(2 * 3 * 2 * 2).reshape(2, 3, 2, 2)
-    sheet = figures.draw_tiles(plt.subplots()[1], tiles, fill=-1).get_array()
-    assert sheet.tolist() == [
-        [0, 1, -1, 4, 5, -1, 8, 9],
-        [2, 3, -1, 6, 7, -1, 10, 11],
-        [-1] * 8,
-        [12, 13, -1, 16, 17, -1, 20, 21],
-        [14, 15, -1, 18, 19, -1, 22, 23],
-    ]
-
-
-def test_verify_counts_right_answers(capsys):
-    labels = torch.arange(10).repeat(10)
-    logits = torch.eye(10)[labels]
-    logits[:7] = -logits[:7]  # seven wrong answers of a hundred
-    predictions = analysis.Predictions(None, labels, logits, None)
-    for recorded, agrees in ((93, True), (98, True), (88, True), (99, False)):
-        history = {"val_accs_eval": [0.0, recorded / 100]}
-        assert analysis.verify(history, predictions) is agrees
-    said = capsys.readouterr().out
-    assert "93 of 100 test images right, 93.00 %" in said
-    assert said.count("the record is NOT confirmed") == 1

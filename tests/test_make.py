@@ -31,7 +31,6 @@ from support.records import UserError
 
 
 def run_make(*arguments, folder=ROOT, **environment):
-    """Run make.py inside the environment that the tests run in."""
     environment = {"VENV": sys.prefix, **environment}
     script = folder / "make.py"
     return run_script(script, *arguments, folder=folder, timeout=600, **environment)
@@ -76,15 +75,11 @@ def command(folder, monkeypatch):
     ("arguments", "said"),
     [
         (["repot"], "'repot' is no command: did you mean report?"),
-        (["xyz"], "'xyz' is no command: there are report, test"),
         (["report", "MATRICULATON=1"], "is no option: did you mean MATRICULATION?"),
         (["train", "EPOCHS="], "EPOCHS= is empty"),
-        (["report", "="], "'' is no option"),
         (["zip", "WEIGHTS=no"], "WEIGHTS=no is not one of 1, 0"),
         (["report", "EPOCHS=1"], "EPOCHS is no option of report, but of train"),
-        (["report", "KEEP=both"], "KEEP=both is not one of notebook, script"),
         (["report", "SURNAME=$(touch x)", "MATRICULATION=1"], "for example touch-x"),
-        (["report", "RUN=nowhere"], "there is no finished run in nowhere"),
     ],
 )
 def test_bad_commands_get_one_sentence(command, arguments, said):
@@ -93,18 +88,6 @@ def test_bad_commands_get_one_sentence(command, arguments, said):
     assert str(caught.value).startswith("error: ")
     assert said in str(caught.value)
     assert not Path("x").exists()
-
-
-@pytest.mark.fault("identity")
-def test_a_number_that_is_not_lmu_s_is_accepted_with_a_word(
-    command, monkeypatch, capsys
-):
-    monkeypatch.setattr(build, "report", lambda *_: print("reported"))
-    for number, is_noted in (("123", True), ("1234567", False)):
-        command("report", "SURNAME=Meier", f"MATRICULATION={number}")
-        said = capsys.readouterr().out
-        assert said.endswith("reported\n")
-        assert ("7 or 8 digits" in said) == is_noted
 
 
 @pytest.mark.parametrize("run", ["runs/demo/x", "build/demo/checkpoint.pt"])
@@ -142,22 +125,20 @@ def test_make_hands_values_on_as_they_were_typed(folder):
 
 @pytest.mark.fault("setting up")
 @pytest.mark.parametrize(
-    ("made", "asked", "has_index", "backend"),
+    ("is_gone", "asked", "has_index", "backend"),
     [
-        ("other", None, True, "auto"),
-        ("other", None, False, None),
-        ("other", "cpu", True, "cpu"),
-        ("its Python is gone", None, True, "auto"),
+        (False, None, True, "auto"),
+        (False, None, False, None),
+        (True, "cpu", True, "cpu"),
     ],
 )
 def test_an_environment_is_made_when_it_is_not_what_is_needed(
-    tmp_path, monkeypatch, capsys, made, asked, has_index, backend
+    tmp_path, monkeypatch, is_gone, asked, has_index, backend
 ):
-    is_gone = made != "other"
     python = tmp_path / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     python.parent.mkdir()
     (tmp_path / "pyvenv.cfg" if is_gone else python).touch()
-    (tmp_path / "requirements.sha256").write_text(made, encoding="utf-8")
+    (tmp_path / "requirements.sha256").write_text("other", encoding="utf-8")
     done = []
 
     def set_up(_, words):
@@ -175,13 +156,6 @@ def test_an_environment_is_made_when_it_is_not_what_is_needed(
     assert "install --quiet uv" in uv
     install = f"{python} -m uv pip install --python {python} --group test"
     assert packages == [install, backend]
-    assert ("does not answer" in capsys.readouterr().out) == (not has_index)
-
-
-@pytest.mark.fault("setting up")
-def test_a_step_of_the_setup_that_fails_is_named():
-    with pytest.raises(SystemExit, match="could not be made"):
-        make.set_up("torch", [sys.executable, "-c", "exit(1)"])
 
 
 @pytest.mark.fault("setting up")
@@ -198,12 +172,7 @@ def test_an_index_is_asked_and_given_up_soon(monkeypatch, code, seconds, expecte
 
 @pytest.mark.parametrize(
     ("code", "expected", "said"),
-    [
-        ("exit(0)", 0, ""),
-        ("exit(3)", 3, ""),
-        ("import os; os.kill(os.getpid(), 9)", 137, "Killed"),
-        ("import os; os.kill(os.getpid(), 1)", 129, "Hangup"),
-    ],
+    [("exit(3)", 3, ""), ("import os; os.kill(os.getpid(), 9)", 137, "Killed")],
 )
 def test_the_exit_code_of_a_program_is_passed_on(capsys, code, expected, said):
     if said and os.name == "nt":
@@ -276,10 +245,8 @@ def test_lab_starts_as_a_module_or_says_why_it_cannot(command, monkeypatch):
 
 
 def test_no_variable_leads_python_elsewhere(folder):
-    for name in ("torch", "jupytext", "numpy"):
-        path = folder / "other" / f"{name}.py"
-        path.parent.mkdir(exist_ok=True)
-        path.write_text("raise SystemExit('not this one')", encoding="utf-8")
+    (folder / "other").mkdir()
+    (folder / "other" / "torch.py").write_text("raise SystemExit('not this one')")
     settings = {"PYTHONOPTIMIZE": "2", "PYTHONSAFEPATH": "1"}
     settings["PYTHONPATH"] = str(folder / "other")
     done = run_make("verify", "RUN=nowhere", folder=folder, **settings)
@@ -288,9 +255,6 @@ def test_no_variable_leads_python_elsewhere(folder):
 
 
 def test_the_readme_shows_what_the_records_say():
-    def stored(name):
-        return json.loads((ROOT / "bench" / name).read_text(encoding="utf-8"))
-
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     expected = []
     for folder in (records.RECORD, records.QUICK_RECORD):
@@ -299,7 +263,8 @@ def test_the_readme_shows_what_the_records_say():
         last = [f"{100 * history[k][-1]:.2f} %" for k in ("val_accs", "val_accs_eval")]
         row = [*last, str(first), f"{records.hours(history):.1f} h"]
         expected.append(f"| {' | '.join(row)} |")
-    cost = {entry["command"]: entry for entry in stored("commands.json")["commands"]}
+    costs = json.loads((ROOT / "bench" / "commands.json").read_text("utf-8"))
+    cost = {entry["command"]: entry for entry in costs["commands"]}
     setup, report, test = (cost[f"make {name}"] for name in ("setup", "report", "test"))
     expected.append(
         f"set-up takes {setup['seconds']} s and {setup['megabytes'] / 1000:.1f} GB of "
@@ -309,14 +274,6 @@ def test_the_readme_shows_what_the_records_say():
     assert len(expected) == 3
     readme = " ".join(text.split())
     assert [part for part in expected if part not in readme] == []
-    commands = set(re.findall(r"make ([a-z]+)(?:[` ]|$)", text, re.MULTILINE))
-    assert commands - {"make"} <= {*make.FIRST, *make.OTHERS}
-    table = text.partition("## What is")[2]
-    for row in re.findall(r"^\| (`.*?) \|.*\|$", table, re.MULTILINE):
-        first, *others = re.findall(r"`([\w./]+)`", row)
-        folder = (ROOT / first.rstrip("/")).parent  # bare names are beside the first
-        for path in (ROOT / first, *(folder / name for name in others)):
-            assert path.exists(), path
 
 
 def test_without_data_the_report_takes_recorded_outputs(
@@ -336,7 +293,7 @@ def test_without_data_the_report_takes_recorded_outputs(
     assert "not at hand" in " ".join(text_of(shown().pdf, last=1)[0].split())
     assert "is not executed" not in said
 
-    replace_in("vision_transformer.py", "p, rows = ", "q, p, rows = 0, ")
+    replace_in("vision_transformer.py", "p, n = ", "q, p, n = 0, ")
     build.report(shown())
     number = re.search(r"Its cell (\d+) is not executed", capsys.readouterr().out)[1]
     with pytest.raises(UserError, match=f"cell {number}: .* with CIFAR-10 in data"):

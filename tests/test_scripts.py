@@ -31,18 +31,14 @@ def unpacked(tmp_path):
 
 
 def test_importing_only_defines(unpacked):
-    code = """
-import sys
-import torch, torchvision, einops
-import attention, vision_transformer
-print({"matplotlib", "IPython", "training", "safetensors"} & set(sys.modules))
-"""
-    path = unpacked / "import them.py"
-    path.write_text(code, encoding="utf-8")
-    done = run_script(path.name, folder=unpacked, PYTHONDONTWRITEBYTECODE="1")
+    code = "import sys, torch, torchvision, einops, attention, vision_transformer\n"
+    code += (
+        "print({'matplotlib', 'IPython', 'support', 'safetensors'} & {*sys.modules})"
+    )
+    done = run_script("-c", code, folder=unpacked, PYTHONDONTWRITEBYTECODE="1")
     assert done.stderr == ""
     assert done.stdout.strip() == "set()"
-    assert sorted(only_files(unpacked)) == sorted([*GRADED, path.name])
+    assert only_files(unpacked) == sorted(GRADED)
 
 
 def test_a_failing_unit_test_is_printed_and_fails_the_script(unpacked):
@@ -77,7 +73,6 @@ def test_it_parses_as_python_38_and_nothing_ready_made_is_used(name):
     [
         (["--epochs", "0"], "invalid positive int value: '0'"),
         (["--lr", "nan"], "invalid positive float value: 'nan'"),
-        (["--lr", "1e40"], "invalid positive float value: '1e40'"),
         (["--seed", str(2**64)], f"invalid 64-bit seed value: '{2**64}'"),
     ],
 )

@@ -20,8 +20,6 @@ from tqdm import tqdm
 from support import records, training
 from support.records import UserError
 
-# --- Checkpoints ---------------------------------------------------------------------
-
 LOGITS, LABELS = torch.eye(2)[[0, 0, 1, 0, 1]], torch.tensor([0, 0, 1, 1, 0])
 FOLDER = Path("run")  # of the runs below
 
@@ -53,9 +51,9 @@ def with_other_norm():
     return model
 
 
-def beginning_with_one(name):
+def beginning_with_ones():
     model = small_model()
-    torch.nn.init.ones_(model.get_parameter(name))
+    torch.nn.init.ones_(model.head.weight)
     return model
 
 
@@ -68,9 +66,7 @@ def beginning_with_one(name):
         (lambda: small_model(hidden_size=16), 2, "of another model"),
         (with_other_norm, 2, "logits differ"),
         (lambda: small_model(p_dropout=0.1), 2, "2 drops out 0.2, not 0.1: restore"),
-        (lambda: beginning_with_one("head.weight"), 2, r"begins with 0\.\d+, not 1"),
-        # Few values: compared with wide tolerance
-        (lambda: beginning_with_one("head.bias"), 2, "head.bias begins with 0, not 1"),
+        (beginning_with_ones, 2, r"head.weight begins with 0\.\d+, not 1"),
     ],
 )
 def test_what_is_of_another_model_or_other_settings_is_refused(
@@ -85,19 +81,10 @@ def test_what_is_of_another_model_or_other_settings_is_refused(
     assert again(small_model(seed=1), n_epochs=2)
 
 
-@pytest.mark.parametrize(
-    ("owner", "name", "error", "told"),
-    [
-        (Path, "read_bytes", PermissionError(13, "in use"), UserError),
-        (torch, "load", MemoryError(), MemoryError),
-    ],
-)
-def test_a_checkpoint_that_cannot_be_read_now_is_kept(
-    workplace, monkeypatch, owner, name, error, told
-):
+def test_a_checkpoint_is_kept_where_memory_is_too_small_for_it(workplace, monkeypatch):
     path = go_on(small_model(), n_epochs=3, stop_after=2).checkpoint
-    monkeypatch.setattr(owner, name, mock.Mock(side_effect=error))
-    with pytest.raises(told):
+    monkeypatch.setattr(torch, "load", mock.Mock(side_effect=MemoryError))
+    with pytest.raises(MemoryError):
         go_on(small_model(), n_epochs=3)
     assert path.is_file()
 
@@ -108,14 +95,6 @@ def test_two_processes_do_not_train_the_same_run(workplace):
     with lock, pytest.raises(UserError, match="another process is training"):
         go_on(small_model())
     go_on(small_model())
-
-
-def test_a_batch_that_holds_more_than_all_images_is_refused(workplace):
-    run, model = training.Run({"seed": 0}, FOLDER), small_model()
-    optimizer = torch.optim.Adam(model.parameters())
-    with pytest.raises(UserError, match="choose a smaller one"):
-        run.started(model, optimizer, n_epochs=1, steps_per_epoch=0).__enter__()
-    assert not FOLDER.exists()
 
 
 @pytest.mark.fault("disk full, read-only, gone")
@@ -157,9 +136,6 @@ def test_a_file_that_a_scanner_holds_for_a_moment_is_replaced(workplace, monkeyp
     done = [PermissionError(13, "in use"), PermissionError(13, "in use"), None]
     monkeypatch.setattr(os, "replace", mock.Mock(side_effect=done))
     records.move("a", "b")
-
-
-# --- Runs ----------------------------------------------------------------------------
 
 
 def test_the_folder_of_a_run_is_named_by_what_differs():
@@ -207,9 +183,6 @@ def test_the_bar_says_when_an_epoch_is_validated(workplace, monkeypatch):
     assert shown == ["", "loss 2.000", "loss 1.500", "validating"] * 2 + [""]
 
 
-# --- Records -------------------------------------------------------------------------
-
-
 def test_a_record_without_weights_is_checked_alike(workplace):
     run = go_on(small_model())
     Path(FOLDER, records.WEIGHTS_NAME).unlink()
@@ -224,11 +197,8 @@ def test_a_record_without_weights_is_checked_alike(workplace):
     [
         ("format", 0, "it has format 0, and 2 is read"),
         ("lr", "1); import os; (", "lr = .* is no float"),
-        ("seed", True, "seed = .* is no int"),
         ("val_accs", ["0.5"], "val_accs = .* is no float"),
         ("begins", [0.1], "begins = .* is no dict"),
-        ("machine", None, "machine = .* is no str"),
-        ("val_losses_eval", [float("nan")], "val_losses_eval = nan: the run diverged"),
         ("probe_logits", [[float("-inf")]], "probe_logits = -inf: the run diverged"),
     ],
 )
@@ -247,7 +217,6 @@ def test_a_checkpoint_of_something_else_or_diverged_is_named(workplace):
     nan = float("nan")
     for other, said in (
         (state["model"], "holds something else"),
-        (torch.zeros(3), "holds something else"),
         ({**state, "history": {**state["history"], "val_accs": 7}}, "is no list"),
         ({**state, "history": {**state["history"], "val_accs": [nan]}}, "diverged"),
         ({**state, "probe_logits": [[nan]]}, "weights that give NaN .* diverged"),
@@ -264,7 +233,6 @@ def test_the_summary_says_when_the_marks_were_reached(workplace):
     history["val_accs"] = [0.2, 0.5, 0.6, 0.5]
     said = records.summary(history, "runs/mine")
     assert "0.5000 (recipe), 0.6000 (eval)" in said
-    assert "25% by the recipe's measure: 0.5000 in epoch 2, after 1.00 h" in said
     assert "50% by the recipe's measure: 0.5000 in epoch 2, after 1.00 h" in said
     assert "70% by the recipe's measure: not reached" in said
 

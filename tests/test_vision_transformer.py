@@ -8,19 +8,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from small_run import alive, small_model
 from test_attention import assert_same, many, seeds, small
+from torch.nn import functional as F
 
 from support.training import QuickDropout, use_quick_dropout
 from vision_transformer import FeedForwardBlock, VisionTransformer
-
-
-def layer_norm(x, weight, bias, eps=1e-5):
-    centred = x - x.mean(-1, keepdim=True)
-    variance = centred.square().mean(-1, keepdim=True)
-    return centred / (variance + eps).sqrt() * weight + bias
-
-
-def gelu(x):
-    return x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
 
 
 def reference(model, x, n_heads):
@@ -36,14 +27,14 @@ def reference(model, x, n_heads):
             weight, bias = (state[f"patch_embedding.{k}"] for k in ("weight", "bias"))
             tokens.append(flat @ weight.T + bias + positions[1 + i * columns + j])
     z = torch.stack(tokens, dim=1)
-    size = z.shape[-1] // n_heads
+    shape, size = z.shape[-1:], z.shape[-1] // n_heads
     for number in range(len(model.blocks)):
 
         def get(name, number=number):
             return state[f"blocks.{number}.{name}"]
 
         inner = "attention.inner_module"
-        y = layer_norm(z, get(f"{inner}.0.weight"), get(f"{inner}.0.bias"))
+        y = F.layer_norm(z, shape, get(f"{inner}.0.weight"), get(f"{inner}.0.bias"))
         heads = []
         for h in range(n_heads):
             part = slice(h * size, (h + 1) * size)
@@ -52,11 +43,11 @@ def reference(model, x, n_heads):
             heads.append(torch.softmax(logits, -1) @ v)
         z = z + torch.cat(heads, -1) @ get(f"{inner}.1.out.weight").T
         inner = "feed_forward.inner_module"
-        y = layer_norm(z, get(f"{inner}.0.weight"), get(f"{inner}.0.bias"))
+        y = F.layer_norm(z, shape, get(f"{inner}.0.weight"), get(f"{inner}.0.bias"))
         layers = f"{inner}.1.layers"
-        y = gelu(y @ get(f"{layers}.0.weight").T + get(f"{layers}.0.bias"))
+        y = F.gelu(y @ get(f"{layers}.0.weight").T + get(f"{layers}.0.bias"))
         z = z + y @ get(f"{layers}.3.weight").T + get(f"{layers}.3.bias")
-    final = layer_norm(z[:, 0], state["norm.weight"], state["norm.bias"])
+    final = F.layer_norm(z[:, 0], shape, state["norm.weight"], state["norm.bias"])
     return final @ state["head.weight"].T + state["head.bias"]
 
 
