@@ -18,13 +18,11 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
-FIRST = {
+COMMANDS = {  # the most needed first
     "report": "execute both notebooks and make the PDF; trains nothing",
     "test": "run the tests and the linter",
     "zip": "make dist/Surname-MatriculationNumber.zip, ready for Moodle",
     "lab": "open the notebooks in JupyterLab",
-}
-OTHERS = {
     "setup": "make .venv, as the others do; UV_TORCH_BACKEND=cpu does without CUDA",
     "train": "train the run of the exercise or another, or continue it",
     "course": "execute the course's own notebook, with our classes in place of its",
@@ -167,7 +165,7 @@ def run(command):
 
 def run_inside(name):
     """Run a command that reads the code, of which both sides are brought together."""
-    from support.records import UserError, file_errors
+    from support.records import UserError, file_errors, lock
 
     run_of, keep = os.environ.get("RUN"), os.environ.get("KEEP")
     try:
@@ -178,7 +176,8 @@ def run_inside(name):
             digits = len(student.matriculation_number)
             if digits not in (7, 8):
                 print(f"LMU's matriculation numbers have 7 or 8 digits, not {digits}.")
-            lock = take_turn()  # noqa: F841 - it is free when this function ends
+            busy = f"another {' or '.join(MAKERS)} is at work here: wait for its end"
+            turn = lock(Path("build", ".lock"), busy)  # noqa: F841 - free at the end
 
         from report import sync
 
@@ -212,25 +211,6 @@ def run_inside(name):
     except UserError as error:
         fail(error)
     return 0
-
-
-def take_turn():
-    """Return a lock, so that no other command writes the same files."""
-    import filelock
-
-    from support.records import file_errors
-
-    path = Path("build", ".lock")
-    with file_errors(path):
-        path.parent.mkdir(exist_ok=True)
-    lock = filelock.FileLock(path, timeout=0)
-    try:
-        lock.acquire()
-    except filelock.Timeout:
-        fail(f"another {' or '.join(MAKERS)} is at work here: wait until it has ended")
-    except (NotImplementedError, OSError):
-        pass  # a file system without locks
-    return lock
 
 
 def run_program(name):
@@ -277,13 +257,12 @@ def usage():
     costs = json.loads((ROOT / "bench" / "commands.json").read_text(encoding="utf-8"))
     seconds = {entry["command"]: entry["seconds"] for entry in costs["commands"]}
     print("make COMMAND [NAME=VALUE ...]    (python make.py does the same)\n")
-    for commands in (FIRST, OTHERS):
-        for name, what in commands.items():
-            cost = seconds.get(f"make {name}")
-            if cost:
-                what += f" ({cost} s)" if cost < 100 else f" ({cost / 60:.0f} min)"
-            print(f"  {name:<11}{what}")
-        print()
+    for name, what in COMMANDS.items():
+        cost = seconds.get(f"make {name}")
+        if cost:
+            what += f" ({cost} s)" if cost < 100 else f" ({cost / 60:.0f} min)"
+        print(f"  {name:<11}{what}")
+    print()
     for name, (commands, what) in OPTIONS.items():
         print(f"  {name:<15}{', '.join(commands or ['all commands'])}: {what}")
 
@@ -308,10 +287,9 @@ def main(arguments):
     if not words or words[0] in ("help", "-h", "--help"):
         usage()
         return 0
-    known = {**FIRST, **OTHERS}
-    if len(words) > 1 or words[0] not in known:
+    if len(words) > 1 or words[0] not in COMMANDS:
         words = " ".join(words)
-        fail(f"{words!r} is no command: {meant(words.lower(), known)}")
+        fail(f"{words!r} is no command: {meant(words.lower(), COMMANDS)}")
     [name] = words
     for option, (commands, _) in OPTIONS.items():
         if option in names and commands and name not in commands:

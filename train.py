@@ -41,10 +41,9 @@ def parse_arguments(arguments=None):
     whole = number(int, "positive int", 1, math.inf)
     rate = number(float, "positive float", 1e-37, 1e37)  # torch computes in float32
     seed = number(int, "64-bit seed", 0, 2**64)
-    parser.add_argument(
-        "--verify", action="store_true", help="validate a record, train nothing"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("--verify", action="store_true", help="validate a record, train nothing")
+    add(
         "--preset",
         choices=records.PRESETS,
         default="default",
@@ -58,30 +57,25 @@ def parse_arguments(arguments=None):
     ):
         values = (f"{key}: {preset[name]}" for key, preset in records.PRESETS.items())
         what += f" ({', '.join(values)})"
-        parser.add_argument(option, dest=name, type=kind, help=what)
-    parser.add_argument(
+        add(option, dest=name, type=kind, help=what)
+    add(
         "--run",
         help="folder of the run, to store or to verify (default: runs/exercise, "
         "runs/quick, or in runs/ by what differs, as runs/epochs-1)",
-    )
-    parser.add_argument(
-        "--cache-dir",
-        default=vt.DATASET_CACHE_DIR,
-        help="folder of CIFAR-10 (default: %(default)s)",
     )
     parser.error = lambda message: sys.exit(f"error: {message}")  # without the usage
     return parser.parse_args(arguments)
 
 
 @torch.no_grad()
-def verify_recipe(history, cache_dir, model, device):
+def verify_recipe(history, model, device):
     """Validate with dropout active, as the recipe does; return whether that agrees.
 
     The recorded accuracy is one such pass, and a pass is a sum over independent images:
     its variance is the sum of theirs. So it may differ from the mean of n passes by
     4 sqrt(1 + 1/n) of its standard deviations, and by chance does once in 16,000 times.
     """
-    test_set = vt.CIFAR10(cache_dir, train=False, transform=vt.VAL_TRANSFORM)
+    test_set = vt.CIFAR10(vt.DATASET_CACHE_DIR, False, vt.VAL_TRANSFORM)
     loader = DataLoader(test_set, batch_size=100)
     print(f"Validating {PASSES} times with dropout active, as the recipe does:")
     model.train()
@@ -96,10 +90,8 @@ def verify_recipe(history, cache_dir, model, device):
     recorded = history["val_accs"][-1]
     agrees = abs(recorded - mean) <= 4 * math.sqrt(1 + 1 / PASSES) * scatter
     print(f"{100 * mean:.2f} % on average, one pass scatters by {100 * scatter:.2f} %")
-    print(
-        f"recorded: {100 * recorded:.2f} %; "
-        f"the recipe's accuracy is {'' if agrees else 'NOT '}confirmed"
-    )
+    said = "confirmed" if agrees else "NOT confirmed"
+    print(f"recorded: {100 * recorded:.2f} %; the recipe's accuracy is {said}")
     return bool(agrees)
 
 
@@ -110,9 +102,9 @@ def main(arguments=None):
     given = parse_arguments(arguments)
     device = choose_device()
     preset = records.PRESETS[given.preset]
-    own = {name: getattr(given, name, None) for name in preset}
-    own = {name: value for name, value in own.items() if value is not None}
+    own = {k: v for k, v in vars(given).items() if k in preset and v is not None}
     settings = {**preset, **own}
+    data = vt.CIFAR10, vt.DATASET_CACHE_DIR
     folder = given.run or training.default_folder(settings)
     try:
         if given.verify:
@@ -120,16 +112,16 @@ def main(arguments=None):
             wanted = {"dataset": vt.CIFAR10.__name__, **own}  # no demo's images here
             model, history = records.load_record(folder, wanted, model)
             if model is not None:
-                dataset.fetch(vt.CIFAR10, given.cache_dir)
+                dataset.fetch(*data)
         else:
-            model, history = vt.train_run(settings, given.cache_dir, device, folder)
+            model, history = vt.train_run(
+                settings, vt.DATASET_CACHE_DIR, device, folder
+            )
         print(records.summary(history, folder))
-        predictions = analysis.predict_test_images(
-            vt.CIFAR10, given.cache_dir, model, device
-        )
+        predictions = analysis.predict_test_images(*data, model, device)
         agrees = bool(predictions) and analysis.verify(history, predictions)
         if given.verify and agrees:
-            agrees = verify_recipe(history, given.cache_dir, model, device)
+            agrees = verify_recipe(history, model, device)
         return 0 if agrees else 1
     except records.UserError as error:
         print(f"error: {error}")

@@ -1,6 +1,5 @@
 """What is shown, and how notebooks and PDF of it are made."""
 
-import ast
 import re
 import shutil
 from dataclasses import dataclass
@@ -9,19 +8,11 @@ from pathlib import Path
 import nbformat
 from torchvision.datasets import CIFAR10
 
-from report import notebooks
+from report import notebooks, sync
 from report.cells import captioned, is_caption, picture_in
 from report.pdf import make_pdf
 from report.student import Student
-from report.sync import (
-    SCRIPTS,
-    bring_together,
-    cell_checksums,
-    code_checksums,
-    contents,
-    first_not_executed,
-    tags_of,
-)
+from report.sync import SCRIPTS, bring_together
 from support.dataset import fetch
 from support.demo_data import DemoCIFAR10
 from support.records import PRESETS, UserError, checksum, describe, read_history
@@ -46,9 +37,8 @@ print("DEMO DATA, generated, instead of CIFAR-10: see support/demo_data.py")\
 class Submission:
     """What a command shows: decided once, handed on to notebooks, PDF and ZIP.
 
-    ``run`` is the folder of the run that the notebooks show, and ``history`` its
-    record. ``folder`` is where the notebooks lie: here, where they name the run
-    themselves, or below ``build``, where another one was asked for.
+    The notebooks lie in ``folder``: here, where they name the run themselves, or below
+    ``build``, where another one was asked for.
     """
 
     student: Student
@@ -59,12 +49,7 @@ class Submission:
     @classmethod
     def of(cls, student, run=None):
         """Read the record of the run; raise ``UserError`` if there is none."""
-        own = parameter(notebooks.read_script(SCRIPTS[1]), "RUN")
-        if run is None and own is None:
-            raise UserError(
-                f'no cell of {SCRIPTS[1]} has the tag "parameters" and gives RUN, the '
-                'folder of the run that is shown: restore it, as RUN = "runs/exercise"'
-            )
+        _, own = find_run(notebooks.read_script(SCRIPTS[1]))
         path = Path(run or own)
         if run and path.is_absolute() and path.is_relative_to(Path.cwd()):
             path = path.relative_to(Path.cwd())
@@ -75,10 +60,9 @@ class Submission:
             )
         history = read_history(path)
         describe(history)  # refuses what is no run by the recipe
-        folder = Path() if path == Path(own or "") else BUILD / path
-        if history["dataset"] != CIFAR10.__name__:
-            folder = BUILD / "demo"
-        return cls(student, path, history, folder)
+        folder = Path() if path == Path(own) else BUILD / path
+        is_demo = history["dataset"] != CIFAR10.__name__
+        return cls(student, path, history, BUILD / "demo" if is_demo else folder)
 
     @property
     def demo(self):
@@ -119,22 +103,16 @@ class Submission:
             )
 
 
-def parameter(notebook, name):
-    """Return a value of the cell tagged ``parameters``, or None if it gives none."""
-    for cell in notebook.cells:
-        if cell.cell_type == "code" and PARAMETERS in cell.metadata.get("tags", []):
-            found = re.search(rf"^{name}\b[^=\n]*=\s*([^#\n]*)", cell.source, re.M)
-            try:
-                value = ast.literal_eval(found[1].strip()) if found else None
-            except (ValueError, SyntaxError):
-                value = found
-            if found and not isinstance(value, str):
-                raise UserError(
-                    f"{found[0].strip()!r} in the cell tagged {PARAMETERS} of "
-                    f'{SCRIPTS[1]} is no text in quotes, as in RUN = "runs/exercise"'
-                )
-            return value
-    return None
+def find_run(notebook):
+    """Return the place of the cell tagged ``parameters``, and the run that it names."""
+    for place, cell in enumerate(notebook.cells):
+        found = re.search(r"""^RUN\b.*?=\s*(["'])(.+?)\1""", cell.source, re.M)
+        if found and PARAMETERS in cell.metadata.get("tags", []):
+            return place, found[2]
+    raise UserError(
+        f'no cell of {SCRIPTS[1]} has the tag "parameters" and gives RUN, the folder '
+        'of the run that is shown, in quotes: restore it, as RUN = "runs/exercise"'
+    )
 
 
 def store_notebooks(submission, keep=None):
@@ -155,7 +133,8 @@ def store_notebooks(submission, keep=None):
         if not last_stored.is_file():
             raise
         print(f"{error}\n\nSo {last_stored} is taken with the outputs it has.")
-        number = first_not_executed(notebooks.read_notebook(last_stored), transformer)
+        book = notebooks.read_notebook(last_stored)
+        number = sync.first_not_executed(book, transformer)
         if number:
             print(f"Its cell {number} is not executed as it is now: `make zip` will")
             print("refuse it until the data set is there.")
@@ -184,9 +163,9 @@ def _looks_the_same(notebook, path):
         outputs = [
             (cell.get("execution_count"), cell.get("outputs"))
             for cell in book.cells
-            if TIMED not in tags_of(cell)
+            if TIMED not in sync.tags_of(cell)
         ]
-        return facts, contents(book), outputs
+        return facts, sync.contents(book), outputs
 
     return path.is_file() and seen(notebooks.read_notebook(path)) == seen(notebook)
 
@@ -205,7 +184,7 @@ def report(submission, keep=None):
 def _execute(submission, script):
     """Return the notebook of a script, executed, with the run that is shown."""
     notebook = notebooks.read_script(script)
-    facts = {"source": cell_checksums(notebook), "code": code_checksums()}
+    facts = {"source": sync.cell_checksums(notebook), "code": sync.code_checksums()}
     if submission.folder != Path() and script == SCRIPTS[1]:
         _show_run(notebook, submission)
     print(f"Executing {script.stem}.ipynb ...", flush=True)
@@ -219,11 +198,7 @@ def _show_run(notebook, submission):
     values = OTHER_RUN.format(run=submission.run.as_posix(), **submission.history)
     cell = nbformat.v4.new_code_cell(values + DEMO_DATA * submission.demo)
     cell["id"], cell.metadata["tags"] = notebooks.INJECTED, [notebooks.INJECTED]
-    tags = [cell.metadata.get("tags", []) for cell in notebook.cells]
-    places = [place for place, names in enumerate(tags) if PARAMETERS in names]
-    if not places:
-        raise UserError(f'no cell of {SCRIPTS[1]} has the tag "parameters": restore it')
-    notebook.cells.insert(places[0] + 1, cell)
+    notebook.cells.insert(find_run(notebook)[0] + 1, cell)
 
 
 def _check_pictures(notebook, path):

@@ -1,6 +1,5 @@
 """The ZIP that goes to Moodle."""
 
-import os
 import subprocess
 import sys
 import tempfile
@@ -10,17 +9,11 @@ from pathlib import Path
 
 from report.course import executed
 from report.notebooks import read_notebook
-from report.pdf import LISTINGS, make_pdf
+from report.pdf import make_pdf
 from report.student import tomllib
 from report.sync import SCRIPTS, bring_together, first_not_executed
-from support.records import (
-    HISTORY_NAME,
-    TRIALS_TABLE,
-    WEIGHTS_NAME,
-    UserError,
-    checksum,
-    write_whole,
-)
+from support import records
+from support.records import UserError
 
 DIST = Path("dist")
 TEST_SECONDS = 300
@@ -50,11 +43,9 @@ notebooks, which have the same names, and import the classes in place of those t
 def make_zip(submission, weights=True, keep=None):
     """Make ``dist/Surname-MatriculationNumber.zip``, test it as a grader would.
 
-    What was edited is brought together first, see ``sync.bring_together``, and the PDF
-    is made again. What has to be executed or trained before is refused with
-    ``UserError``, and a ZIP made earlier is left as it is. Only the modules that a
-    notebook imports may be newer, as without the data set; the PDF says so. Returns the
-    path.
+    The PDF is made again. What has to be executed or trained before is refused. Only
+    the modules that a notebook imports may be newer, as without the data set; the PDF
+    says so. Returns the path.
     """
     target = DIST / f"{submission.student.stem}.zip"
     try:
@@ -68,7 +59,7 @@ def make_zip(submission, weights=True, keep=None):
     with tempfile.TemporaryDirectory() as temporary:
         # A name as graders' folders have them
         _test_as_grader(content, Path(temporary, "Übung 11 ä"))
-    write_whole(target, content)
+    records.write_whole(target, content)
     print(f"{target.as_posix()}: {len(content) / 1e6:.1f} MB, unpacked and tested.")
     print("This is what to upload to Moodle, as it is.")
     if weights:
@@ -89,39 +80,35 @@ def _make_ready(submission, weights, keep):
         )
     for script, notebook in submission.pairs:
         bring_together(script, notebook, keep)
-        _check_notebook(script, notebook)
+        if not notebook.is_file():
+            raise UserError(f"{notebook} is missing: make it with `make report`")
+        number = first_not_executed(read_notebook(notebook), script)
+        if number:
+            where = ", with CIFAR-10 in data" * (script == SCRIPTS[1])
+            raise UserError(
+                f"{notebook}, cell {number}: `make report` has not executed it as it "
+                f"is now; run that first{where}, then this again"
+            )
     submission.check()
-    path = submission.run / WEIGHTS_NAME
-    if weights and checksum(path) != submission.history["weights_sha256"]:
+    path = submission.run / records.WEIGHTS_NAME
+    if weights and records.checksum(path) != submission.history["weights_sha256"]:
         raise UserError(
             f"{path} is missing, or not that of the record: restore it, or leave it "
             "out with WEIGHTS=0"
         )
 
 
-def _check_notebook(script, notebook):
-    if not notebook.is_file():
-        raise UserError(f"{notebook} is missing: make it with `make report`")
-    book = read_notebook(notebook)
-    number = first_not_executed(book, script)
-    if number:
-        where = ", with CIFAR-10 in data" * (script == SCRIPTS[1])
-        raise UserError(
-            f"{notebook}, cell {number}: `make report` has not executed it as it is "
-            f"now; run that first{where}, then this again"
-        )
-
-
 def _members(submission, weights, pictures):
     """Return what goes into the ZIP, as a dict from name to bytes."""
-    record = [HISTORY_NAME, WEIGHTS_NAME] if weights else [HISTORY_NAME]
+    record = [records.HISTORY_NAME, *[records.WEIGHTS_NAME] * weights]
     files = [
         *SCRIPTS,
-        *(Path("support", name) for name in ("__init__.py", "demo_data.py")),
-        *map(Path, LISTINGS),
+        *Path("support").glob("*.py"),
+        Path("train.py"),
+        Path("recipe_check.py"),
         *(submission.run / name for name in record),
         *pictures,
-        *filter(Path.is_file, [TRIALS_TABLE]),
+        *filter(Path.is_file, [records.TRIALS_TABLE]),
     ]
     project = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))
     needed = [entry.split(",")[0] for entry in project["dependency-groups"]["run"]]
@@ -151,13 +138,10 @@ def _test_as_grader(content, folder):
     """Open a ZIP again, unpack it, and run both scripts there."""
     with zipfile.ZipFile(BytesIO(content)) as file:
         file.extractall(folder)  # which compares the checksums
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     for script in SCRIPTS:
         print(f"$ python {script}    (in the unpacked ZIP)", flush=True)
         command = [sys.executable, str(script)]
         try:
-            subprocess.run(
-                command, cwd=folder, env=environment, timeout=TEST_SECONDS, check=True
-            )
+            subprocess.run(command, cwd=folder, timeout=TEST_SECONDS, check=True)
         except subprocess.SubprocessError as error:
             raise UserError(f"{script} failed in the unpacked ZIP: {error}") from None

@@ -10,7 +10,6 @@ import re
 import urllib.request
 from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit
-from xml.etree import ElementTree
 
 import bs4
 import typst
@@ -222,7 +221,7 @@ class Cells:
             size, is_turned = _size(table)
             for cell in table(["td", "th"], colspan=re.compile(r"\d{3}")):
                 cell["colspan"] = "99"  # a browser has a limit, pandoc has none
-            table["data-size"], table["data-turned"] = f"{size:.3f}", str(is_turned)
+            table["data-letters"], table["data-turned"] = f"{size:.3f}", str(is_turned)
         self._mentions(soup)
         for place in soup.select(".math-too"):
             for string in place(string=MATH):
@@ -277,29 +276,23 @@ class Cells:
             content, kind = self._read(address)
             if kind != "svg":
                 width, kind = _points(image, content)
-                image["data-width"] = f"{width:.0f}pt"
+                image["data-wide"] = f"{width:.0f}pt"
             if kind not in PICTURES.values():
                 raise OSError("it is of a type that is not known")
-            if kind == "svg" and not ElementTree.fromstring(content).tag.endswith(
-                "svg"
-            ):
-                raise OSError("it is no SVG")
-            path = (
-                self.folder / f"{self.name}-{len(list(self.folder.iterdir()))}.{kind}"
-            )
+            number = len(list(self.folder.iterdir()))
+            path = self.folder / f"{self.name}-{number}.{kind}"
             path.write_bytes(content)
             if kind == "svg":
                 self._draw(path)
         except (*BROKEN, OSError, ValueError, SyntaxError) as error:
             reason = re.split(r"<_io|:?( from)? '/| \(file", str(error))[0]
-            image.replace_with(
-                _soup(self.note(f"the picture {address[:60]!r} ({reason})"))
-            )
+            note = self.note(f"the picture {address[:60]!r} ({reason})")
+            image.replace_with(_soup(note))
             return
         image.attrs = {
             "src": path.name,
             "alt": image.get("alt") or "a picture without a description",
-            "data-width": image.get("data-width", "auto"),
+            "data-wide": image.get("data-wide", "auto"),
         }
 
     def _draw(self, path):

@@ -129,10 +129,8 @@ def fill(notebook, path):
             text = textwrap.indent("\n\n\n".join(parts), " " * node.col_offset)
             line_end = last[len(last.rstrip("\r\n")) :]
             text = text.replace("\n", line_end or "\n") + line_end
-            lines[first : node.end_lineno] = [
-                text,
-                *[""] * (node.end_lineno - first - 1),
-            ]
+            blanks = [""] * (node.end_lineno - first - 1)  # other lines stay in place
+            lines[first : node.end_lineno] = [text, *blanks]
         cell.source = "".join(lines)
         imported |= _imported(tree)
     return ", ".join(dict.fromkeys(replaced)), [*front, *asked]
@@ -195,6 +193,5 @@ def _set_epochs(notebook, path, epochs):
         if then and re.fullmatch(r"[1-9]\d{0,5}", epochs):
             cell.source = EPOCHS.sub(rf"\g<1>{epochs}", cell.source)
             return f"{epochs} instead of {then[2]}"
-    raise UserError(
-        f"EPOCHS={epochs} is no positive number, or {path} sets no N_EPOCHS"
-    )
+    wrong = "is no positive number, or {} sets no N_EPOCHS"
+    raise UserError(f"EPOCHS={epochs} " + wrong.format(path))

@@ -17,11 +17,6 @@ local function typst(blocks)
   return (pandoc.write(pandoc.Pandoc(blocks), "typst"):gsub("%s+$", ""))
 end
 
--- pandoc drops "data-" from some names only
-local function attribute(element, name)
-  return element.attributes[name] or element.attributes["data-" .. name]
-end
-
 local function label(name)
   local function code(sign) return ("_%02x"):format(sign:byte()) end
   return "<" .. name:gsub("[^%w%-]", code) .. ">"
@@ -61,8 +56,8 @@ local function Span(span)
   end
   local is_display = span.classes:includes("display")
   local kind = is_display and "DisplayMath" or "InlineMath"
-  local source = attribute(span, "source")
-  local math = pandoc.Math(kind, attribute(span, "tex"))
+  local source = span.attributes.source
+  local math = pandoc.Math(kind, span.attributes.tex)
   local inner = typst({ pandoc.Plain({ math }) })
   local alt = string_of(source:gsub("%s+", " "))
   if not inner:match("^%s*%$") then  -- pandoc cannot convert it
@@ -79,7 +74,7 @@ end
 
 local function Image(image)
   local alt = string_of(pandoc.utils.stringify(image.caption))
-  local width = attribute(image, "width") or "auto"
+  local width = image.attributes.wide or "auto"
   local form = "#box(image(%s, alt: %s, width: %s))"
   return inline(form, string_of(image.src), alt, width)
 end
@@ -96,7 +91,7 @@ local function Figure(figure)
   end
   local caption, name = typst(figure.caption.long), label(figure.identifier)
   -- The label is inside: a picture that floats may be on another page
-  local place = attribute(figure, "floats") == "True" and tables == 0 and "auto"
+  local place = figure.attributes.floats == "True" and tables == 0 and "auto"
   local form = "#figure(placement: %s, caption: [%s])[#metadata(none) %s %s]"
   return block(form, place or "none", caption, name, content)
 end
@@ -140,7 +135,7 @@ local function Table(table)
     local side = spec[1] == "AlignDefault" and "AlignLeft" or spec[1]
     table.colspecs[i] = { side, nil }
   end
-  local size, turned = attribute(table, "size"), attribute(table, "turned") == "True"
+  local size, turned = table.attributes.letters, table.attributes.turned == "True"
   if not size or tonumber(size) == 1 then return table end
   local form = "#[#show table: set text(size: %s * 9.5pt)\n"
     .. "#set table(inset: (x: 0.5em, y: 0.35em))\n%s"

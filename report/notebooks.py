@@ -75,21 +75,11 @@ def is_injected(cell):
 
 
 def execute(notebook, name, timeout=CELL_SECONDS, client=NotebookClient):
-    """Execute a notebook in a fresh kernel, in place, and note when and on what.
-
-    Raises:
-        UserError: a cell failed or took longer than ``timeout`` seconds, or the kernel
-            died. The message names notebook, cell, line and reason.
-    """
+    """Execute a notebook in a fresh kernel, in place, and note when and on what."""
     manager = AsyncKernelManager(kernel_spec_manager=OwnKernel())
-    bar = tqdm(
-        notebook.cells,
-        name,
-        unit="cell",
-        # Not between the lines of a client that prints
-        disable=None if client is NotebookClient else True,
-        leave=False,
-    )
+    # Not between the lines of a client that prints
+    hidden = None if client is NotebookClient else True
+    bar = tqdm(notebook.cells, name, unit="cell", disable=hidden, leave=False)
     client = client(
         notebook,
         km=manager,
@@ -124,14 +114,12 @@ def execute(notebook, name, timeout=CELL_SECONDS, client=NotebookClient):
     else:
         notebook.metadata["provenance"] = _where_and_when()
         return
-    found = re.findall(
-        rf"Cell In\[{cell.get('execution_count')}\], line (\d+)", traceback
-    )
+    count = cell.get("execution_count")
+    found = re.findall(rf"Cell In\[{count}\], line (\d+)", traceback)
     line = int(found[-1]) if found else 1
     text = cell.source.split("\n")[line - 1].strip()
-    raise UserError(
-        f"{name}, cell {number}, line {line}:\n    {text}\n{why}"
-    ) from cause
+    where = f"{name}, cell {number}, line {line}"
+    raise UserError(f"{where}:\n    {text}\n{why}") from cause
 
 
 class OwnKernel(KernelSpecManager):

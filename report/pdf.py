@@ -12,21 +12,14 @@ import typst
 
 from report.cells import Cells, breakable, missing
 from report.notebooks import read_notebook
-from report.sync import provenance
+from report.sync import LIBRARIES
 from report.tables import origin, points, result
 from support.records import UserError, write_whole
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
-# Complete, in the appendix
-LISTINGS = (
-    *(
-        f"support/{name}.py"
-        for name in ("analysis", "figures", "records", "training", "dataset")
-    ),
-    "train.py",
-    "recipe_check.py",
-)
+LIBRARY = [path.as_posix() for path in LIBRARIES]
+LISTINGS = (*LIBRARY, "train.py", "recipe_check.py")  # complete, in the appendix
 WHERE = re.compile(r"┌─ .*?([^/\\\s]+)\.typ:")
 MARK = re.compile(r"^// cell-of-notebook-c7b1 (\S+)$\n", re.MULTILINE)
 STRING = r'"(?:[^"\\]|\\.)*"'
@@ -158,7 +151,7 @@ def to_typst(text):
 def _facts(submission, notebooks):
     """Return what the template shows besides the notebooks."""
     who = submission.student
-    days = [provenance(book).get("executed") for book in notebooks]
+    days = [book.metadata.get("provenance", {}).get("executed") for book in notebooks]
     latest = max(filter(None, days), default=submission.history["date"])[:10]
     return {
         "surname": who.surname,

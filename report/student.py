@@ -33,10 +33,7 @@ class Student:
     @property
     def is_placeholder(self):
         """Whether surname or number is still the placeholder."""
-        return (
-            self.surname == PLACEHOLDERS[0]
-            or self.matriculation_number == PLACEHOLDERS[2]
-        )
+        return bool({self.surname, self.matriculation_number} & {*PLACEHOLDERS})
 
     @property
     def stem(self):

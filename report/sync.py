@@ -48,10 +48,8 @@ def handwritten(notebook):
 
 def contents(notebook):
     """Return type, text and tags of every handwritten cell."""
-    return [
-        [cell.cell_type, text_of(cell), tags_of(cell)]
-        for _, cell in handwritten(notebook)
-    ]
+    cells = [cell for _, cell in handwritten(notebook)]
+    return [[cell.cell_type, text_of(cell), tags_of(cell)] for cell in cells]
 
 
 def text_of(cell):
@@ -83,11 +81,10 @@ def cell_checksums(notebook):
 
 def _edits(path, notebook, made_from):
     """Say in which cells a notebook, or script, is not what it was made from."""
+    cells = zip(handwritten(notebook), cell_checksums(notebook), strict=True)
     found = [
         f'cell {number} of {path} ("{text_of(cell).splitlines()[0][:40]}")'
-        for (number, cell), now in zip(
-            handwritten(notebook), cell_checksums(notebook), strict=True
-        )
+        for (number, cell), now in cells
         if now not in made_from
     ]
     return found or [f"cells of {path}, moved or deleted"]
@@ -102,15 +99,9 @@ def code_checksums():
     return found
 
 
-def provenance(notebook):
-    """Return what a notebook remembers of its making, a dict, perhaps empty."""
-    found = notebook.metadata.get("provenance")
-    return found if isinstance(found, dict) else {}
-
-
 def edited_since(notebook):
     """Return the files of which the code was edited since a notebook was executed."""
-    then = provenance(notebook).get("code", {})
+    then = notebook.metadata.get("provenance", {}).get("code", {})
     return [
         name for name, now in code_checksums().items() if now != then.get(name, now)
     ]
@@ -122,7 +113,7 @@ def first_not_executed(notebook, script):
     None if all were executed by a command, as they are now and in this order, and none
     has failed since.
     """
-    then = provenance(notebook).get("code", {}).get(script.name, [])
+    then = notebook.metadata.get("provenance", {}).get("code", {}).get(script.name, [])
     cells = [(n, c) for n, c in handwritten(notebook) if c.cell_type == "code"]
     for place, (number, cell) in enumerate(cells):
         was_executed = then[place : place + 1] == [digest(text_of(cell))]
@@ -147,7 +138,8 @@ def bring_together(script, notebook, keep=None):
     seen = checksum(script), checksum(notebook)
     ours, theirs = read_script(script), read_notebook(notebook)
     pictures = _take_pictures(theirs, notebook, script.parent / PICTURES)
-    made_from = provenance(theirs).get("source")
+    facts = theirs.metadata.get("provenance", {})
+    made_from = facts.get("source")
     use_notebook = made_from != cell_checksums(theirs)  # it was edited
     use_script = made_from != cell_checksums(ours)
     are_same = contents(ours) == contents(theirs)
@@ -173,9 +165,8 @@ def bring_together(script, notebook, keep=None):
         _use_cells(theirs, ours)
         pictures = {}
     if (checksum(script), checksum(notebook)) != seen:
-        raise UserError(
-            f"{script} or {notebook} was saved just now: type the same again"
-        )
+        both = f"{script} or {notebook}"
+        raise UserError(f"{both} was saved just now: type the same again")
     for path, content in pictures.items():
         write_whole(path, content)
         print(f"A picture pasted into {notebook} is {path.as_posix()} now.")
@@ -184,8 +175,7 @@ def bring_together(script, notebook, keep=None):
             _copy(script)
         write_whole(script, text.encode())
         print(f"{notebook} was edited: its cells are in {script} now, too.")
-    facts = {**provenance(theirs), "source": cell_checksums(theirs)}
-    theirs.metadata["provenance"] = facts
+    theirs.metadata["provenance"] = {**facts, "source": cell_checksums(theirs)}
     store(theirs, notebook)
 
 

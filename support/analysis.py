@@ -1,12 +1,11 @@
 """What is measured for the notebooks: operations, predictions, attention."""
 
 import math
-import time
+import timeit
 import warnings
 from typing import Any, NamedTuple
 
 import torch
-from einops import rearrange
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -35,37 +34,27 @@ def measure_scaling(head_dims, num_tokens=64, num_queries=4096):
     return measured
 
 
-def structured_grid(side=16, embed_dim=256):
-    """Return a grid of tokens (1, D, side, side), and the region (side, side) of each.
-
-    Regions are 0 for the background, 1 for a disc and 2 for a bar; the tokens of a
-    region share one random direction.
-    """
-    generator = torch.Generator().manual_seed(0)
-    row, column = torch.meshgrid(
-        torch.arange(side) / side, torch.arange(side) / side, indexing="ij"
-    )
-    regions = torch.zeros(side, side, dtype=torch.long)
-    regions[(row - 0.3) ** 2 + (column - 0.3) ** 2 < 0.05] = 1
-    regions[(row > 0.65) & (row < 0.85) & (column > 0.2)] = 2
-    directions = torch.randn(3, embed_dim, generator=generator)
-    noise = 0.3 * torch.randn(side, side, embed_dim, generator=generator)
-    return rearrange(directions[regions] + noise, "H W D -> 1 D H W"), regions
-
-
 @torch.no_grad()
 def content_attention():
     """Return regions (H, W) and the attention weights (h, L, L) of tokens in them.
 
-    The layer compares content: its key projection is a copy of the query projection.
+    Regions are 0 for the background, 1 for a disc and 2 for a bar; the tokens of a
+    region share one random direction. The layer compares content: its key projection
+    is a copy of the query projection.
     """
+    row, column = torch.meshgrid(*[torch.arange(16) / 16] * 2, indexing="ij")
+    regions = torch.zeros(16, 16, dtype=torch.long)
+    regions[(row - 0.3) ** 2 + (column - 0.3) ** 2 < 0.05] = 1
+    regions[(row > 0.65) & (row < 0.85) & (column > 0.2)] = 2
+    generator = torch.Generator().manual_seed(0)
+    directions = torch.randn(3, 256, generator=generator)
+    noise = 0.3 * torch.randn(16 * 16, 256, generator=generator)
     torch.manual_seed(0)
     layer = SelfAttention2d()
     layer.q.weight.mul_(2)  # sharper: the logits grow by a factor of four
     layer.k.weight.copy_(layer.q.weight)
-    tokens, regions = structured_grid()
-    sequence = rearrange(tokens, "1 D H W -> 1 (H W) D")
-    return regions, layer.attention_weights(sequence)[0]
+    tokens = directions[regions.flatten()] + noise
+    return regions, layer.attention_weights(tokens[None])[0]
 
 
 def saved_for_backward(layer, x):
@@ -100,18 +89,14 @@ def count_operations(layer, x):
 
 
 @torch.no_grad()
-def fastest_pass(layer, x, seconds=0.3):
+def fastest_pass(layer, x):
     """Return the seconds of the fastest of some passes: disturbance only adds time.
 
     On one core, since several wait for each other, longest on a busy machine.
     """
-    # Not by torch.utils.benchmark: its import may print a warning about CUDA
-    times, threads = [], torch.get_num_threads()
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    while len(times) < 5 or sum(times) < seconds:
-        start = time.perf_counter()
-        layer(x)
-        times.append(time.perf_counter() - start)
+    times = timeit.repeat(lambda: layer(x), number=1, repeat=5)
     torch.set_num_threads(threads)
     return min(times)
 
@@ -177,11 +162,9 @@ def predict_test_images(dataset, cache_dir, model, device):
         return None
     try:
         val_set = dataset(cache_dir, train=False, transform=VAL_TRANSFORM)
-    except RuntimeError:  # torchvision's word for missing or damaged files
-        print(f"The test images are not classified: no CIFAR-10 in {cache_dir}.")
-        return None
-    except OSError as error:  # files of another user
-        print(f"The test images are not classified: {error}.")
+    except (RuntimeError, OSError) as error:  # missing or damaged; of another user
+        where = f"no CIFAR-10 in {cache_dir} that can be read"
+        print(f"The test images are not classified: {where} ({error}).")
         return None
     logits, labels = predict(model, DataLoader(val_set, batch_size=100), device)
     return Predictions(val_set.data, labels, logits, val_set.classes)
@@ -221,9 +204,9 @@ def calibration(logits, labels, bins=10):
     counts = torch.bincount(where, minlength=bins).double()
     mean = torch.bincount(where, confidence.double(), minlength=bins) / counts
     accuracy = torch.bincount(where, right, minlength=bins) / counts
-    gap = (mean - accuracy).abs().nan_to_num() * counts / len(labels)
     share = counts / len(labels)
-    return mean.numpy(), accuracy.numpy(), share.numpy(), gap.sum().item()
+    error = ((mean - accuracy).abs().nan_to_num() * share).sum().item()
+    return mean.numpy(), accuracy.numpy(), share.numpy(), error
 
 
 @torch.no_grad()
@@ -232,18 +215,16 @@ def attention_weights(model, images):
 
     For normalised images (B, C, H, W).
     """
+    weights = []
+
+    def note(layer, given):
+        weights.append(layer.attention_weights(given[0]))
+
     layers = [m for m in model.modules() if isinstance(m, SelfAttention2d)]
-    inputs = []
-    hooks = [
-        layer.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
-        for layer in layers
-    ]
+    hooks = [layer.register_forward_pre_hook(note) for layer in layers]
     model.eval()(images.to(model.head.weight.device))
     for hook in hooks:
         hook.remove()
-    weights = [
-        layer.attention_weights(x) for layer, x in zip(layers, inputs, strict=True)
-    ]
     return torch.stack(weights)
 
 

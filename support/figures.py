@@ -4,11 +4,11 @@ A ``plot_...`` function returns a figure. Where the model or its predictions are
 (None), it says so in one line instead.
 """
 
+import collections
 import csv
 import functools
 import math
 import statistics
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -18,24 +18,12 @@ from IPython.display import Markdown
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 from attention import SelfAttention2d
-from support.analysis import (
-    architecture,
-    attention_distance,
-    attention_weights,
-    calibration,
-    confusion,
-    content_attention,
-    count_operations,
-    fastest_pass,
-    measure_scaling,
-    normalised,
-    rollout,
-    saved_for_backward,
-)
+from support import analysis
 from support.records import TRIALS_TABLE, first_epoch_at
 from vision_transformer import VisionTransformer
 
 BLUE, ORANGE, SKY, YELLOW, GREY = "#0072B2", "#D55E00", "#56B4E9", "#E69F00", "0.45"
+NO_TICKS = {"subplot_kw": {"xticks": [], "yticks": []}}
 WIDTH = 6.4  # inches, of the text in the report
 plt.rcParams["font.size"] = 9  # as the captions of the report
 plt.rcParams["figure.dpi"] = 300  # of heat maps and photographs, without smoothing
@@ -68,7 +56,7 @@ def _panels(height, rows=1, columns=2, **options):
 
 def plot_scaling(head_dims, num_tokens=64):
     """Plot ``measure_scaling``."""
-    measured = measure_scaling(head_dims, num_tokens)
+    measured = analysis.measure_scaling(head_dims, num_tokens)
     figure, axes = _panels(2.4)
     curves = [
         (True, r"divided by $\sqrt{d_k}$", "o-", BLUE),
@@ -94,7 +82,7 @@ def plot_scaling(head_dims, num_tokens=64):
 
 def plot_attention_maps(queries, heads):
     """Draw where the tokens at (row, column) look in ``content_attention``, by head."""
-    regions, weights = content_attention()
+    regions, weights = analysis.content_attention()
     height, width = regions.shape
     maps = rearrange(weights.numpy(), "h (H W) (I J) -> h H W I J", H=height, I=height)
     size = len(queries), len(heads) + 1
@@ -123,8 +111,8 @@ def plot_cost(sides):
     rows = []
     for side in sides:
         x = torch.randn(1, layer.embed_dim, side, side)
-        costs = saved_for_backward(layer, x), fastest_pass(layer, x)
-        rows.append((side * side, *count_operations(layer, x), *costs))
+        costs = analysis.saved_for_backward(layer, x), analysis.fastest_pass(layer, x)
+        rows.append((side * side, *analysis.count_operations(layer, x), *costs))
     for n, projections, products, kept, seconds in rows:
         print(
             f"{n:5d} tokens: {projections / 1e6:5.0f} + {products / 1e6:5.0f} million "
@@ -145,9 +133,8 @@ def plot_cost(sides):
     crossing = 2 * layer.embed_dim
     axes[0].axvline(crossing, color=GREY, linestyle=":", label="$L = 2D$")
     axes[0].legend(loc="upper left")
-    for ax, what in zip(
-        axes, ("operations / million", "memory / MiB", "time / ms"), strict=True
-    ):
+    labels = "operations / million", "memory / MiB", "time / ms"
+    for ax, what in zip(axes, labels, strict=True):
         ax.set(xlabel="tokens $L$", ylabel=what)
         ax.set_xticks(tokens[:-1], [str(n) for n in tokens[:-1]])
         ax.minorticks_off()
@@ -174,7 +161,7 @@ def plot_architecture(model):
     def arrow(start, end):
         ax.add_patch(FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=9))
 
-    for number, (text, shape) in enumerate(architecture(model)):
+    for number, (text, shape) in enumerate(analysis.architecture(model)):
         y = 6.35 - number
         box(0.1, y, 4.6, text, "#DCEBF7" if "encoder" in text else "white")
         ax.text(4.85, y + 0.33, shape, va="center", family="monospace")
@@ -287,7 +274,7 @@ def plot_training(history):
 @needs_results
 def plot_confusion(predictions):
     """Draw the confusion matrix, in percent of the images of each true class."""
-    matrix = confusion(predictions.logits, predictions.labels).double()
+    matrix = analysis.confusion(predictions.logits, predictions.labels).double()
     percent = (100 * matrix / matrix.sum(dim=1, keepdim=True)).numpy()
     classes = predictions.classes
     figure, ax = _panels(2.8, 1, 1)
@@ -307,7 +294,7 @@ def plot_confusion(predictions):
 def plot_calibration(predictions):
     """Draw the reliability diagram and how confident the predictions are."""
     labels = predictions.labels
-    mean, accuracy, share, error = calibration(predictions.logits, labels)
+    mean, accuracy, share, error = analysis.calibration(predictions.logits, labels)
     enough = share * len(labels) >= 10  # of fewer images, a share right means nothing
     figure, axes = _panels(1.9)
     axes[0].plot([0, 100], [0, 100], ":", color=GREY, label="perfectly calibrated")
@@ -340,12 +327,10 @@ def plot_predictions(predictions):
         "least confident": order.flip(0)[:columns],
         "confident, wrong": order[~right[order]][:columns],
     }
-    figure, axes = _panels(3.5, 3, columns)
+    figure, axes = _panels(3.5, 3, columns, **NO_TICKS)
     figure.get_layout_engine().set(hspace=0.06)  # a row's labels apart from the next's
     for axes_row, (name, chosen) in zip(axes, rows.items(), strict=True):
         axes_row[0].set_ylabel(name)
-        for ax in axes_row:
-            ax.set(xticks=[], yticks=[])
         for ax, index in zip(axes_row, chosen.tolist(), strict=False):
             ax.imshow(pixels[index])
             ax.set_title(
@@ -358,16 +343,14 @@ def plot_predictions(predictions):
 
 
 @needs_results
-def show_confident(predictions, least=(0.5, 0.9, 0.99, 0.999)):
+def show_confident(predictions):
     """Show how many of the predictions of at least some confidence are correct."""
     confidence, predicted = predictions.logits.double().softmax(dim=-1).max(dim=-1)
-    correct = (predicted == predictions.labels).double()
-    rows = [
-        [f"{mark:g}", *(f"{100 * part.mean():.1f}" for part in (chosen.double(), hits))]
-        for mark in least
-        for chosen in [confidence >= mark]
-        for hits in [correct[chosen]]
-    ]
+    correct, rows = (predicted == predictions.labels).double(), []
+    for least in (0.5, 0.9, 0.99, 0.999):
+        chosen = confidence >= least
+        shares = chosen.double().mean(), correct[chosen].mean()
+        rows.append([f"{least:g}", *(f"{100 * share:.1f}" for share in shares)])
     return _table(["confidence ≥", "images / %", "correct / %"], rows)
 
 
@@ -380,42 +363,39 @@ def _table(header, rows):
     return Markdown("\n".join(f"| {' | '.join(map(str, line))} |" for line in lines))
 
 
-def _mean(rows, name, digits=2):
-    return f"{statistics.mean(float(row[name]) for row in rows):.{digits}f}"
+def _trials(*groups):
+    with TRIALS_TABLE.open(encoding="utf-8", newline="") as file:
+        return [row for row in csv.DictReader(file) if row["group"] in groups]
 
 
-def show_trials(path=TRIALS_TABLE, chosen="zero branches, MLP dropout"):
+def _of(statistic, rows, name, digits=2):
+    return f"{statistic(float(row[name]) for row in rows):.{digits}f}"
+
+
+def show_trials():
     """Show finals and ablations, the best first; those of several seeds by the mean."""
-    with Path(path).open(encoding="utf-8", newline="") as file:
-        records = list(csv.DictReader(file))
+    same = collections.defaultdict(list)
+    for row in _trials("final", "ablation"):
+        same[row["group"], row["name"]].append(row)
     rows = []
-    for group in ("final", "ablation"):
-        names = dict.fromkeys(r["name"] for r in records if r["group"] == group)
-        for name in names:
-            same = [r for r in records if (r["group"], r["name"]) == (group, name)]
-            values = [
-                _mean(same, "recipe"),
-                _mean(same, "eval"),
-                _mean(same, "loss", 3),
-            ]
-            shown = f"**{name}**" if name == chosen else name
-            rows.append([shown, same[0]["epochs"], len(same), *values])
+    for (_, name), runs in same.items():
+        values = [_of(statistics.mean, runs, key) for key in ("recipe", "eval")]
+        values.append(_of(statistics.mean, runs, "loss", 3))
+        shown = f"**{name}**" if name == "zero branches, MLP dropout" else name
+        rows.append([shown, runs[0]["epochs"], len(runs), *values])
     header = ["model", "epochs", "seeds", "recipe / %", "`eval()` / %", "loss / nats"]
     return _table(header, sorted(rows, key=lambda row: (-int(row[1]), -float(row[3]))))
 
 
-def show_seeds(path=TRIALS_TABLE):
+def show_seeds():
     """Show the quick runs, which differ in the seed, with their mean and spread."""
-    with Path(path).open(encoding="utf-8", newline="") as file:
-        runs = [row for row in csv.DictReader(file) if row["group"] == "quick"]
-    runs.sort(key=lambda row: int(row["seed"]))
+    runs = sorted(_trials("quick"), key=lambda row: int(row["seed"]))
     rows = [[r["seed"], r["recipe"], r["eval"], r["epoch_at_70"]] for r in runs]
-    spread = (
-        f"{statistics.stdev(float(row[key]) for row in runs):.2f}"
-        for key in ("recipe", "eval")
-    )
-    rows.append(["mean", _mean(runs, "recipe"), _mean(runs, "eval"), ""])
-    rows.append(["standard deviation", *spread, ""])
+    for what, of in (
+        ("mean", statistics.mean),
+        ("standard deviation", statistics.stdev),
+    ):
+        rows.append([what, *(_of(of, runs, key) for key in ("recipe", "eval")), ""])
     return _table(["seed", "recipe / %", "`eval()` / %", "70 % in epoch"], rows)
 
 
@@ -435,14 +415,12 @@ def plot_position_similarity(model, history):
         for each in (model, VisionTransformer())
     )
     likeness = torch.cosine_similarity(trained.flatten(), initial.flatten(), dim=0)
-    titles = (
-        f"trained (cosine with the initial values {likeness:.4f})",
-        "changed by training",
-    )
+    shown = {
+        f"trained (cosine with the initial values {likeness:.4f})": trained,
+        "changed by training": trained - initial,
+    }
     figure, axes = _panels(2.8)
-    for ax, position, title in zip(
-        axes, (trained, trained - initial), titles, strict=True
-    ):
+    for ax, (title, position) in zip(axes, shown.items(), strict=True):
         similarity = torch.cosine_similarity(position[:, None], position[None], dim=-1)
         limit = (similarity - torch.diag(similarity.diag())).abs().max().item()
         side = round(len(position) ** 0.5)
@@ -450,16 +428,15 @@ def plot_position_similarity(model, history):
         drawn = draw_tiles(ax, maps, cmap="viridis", vmin=-limit, vmax=limit)
         ax.set(xlabel="patch column", ylabel="patch row")
         ax.set_title(title, size="medium")
-        figure.colorbar(
-            drawn, ax=ax, label="cosine similarity", extend="max", location="bottom"
-        )
+        where = {"extend": "max", "location": "bottom"}
+        figure.colorbar(drawn, ax=ax, label="cosine similarity", **where)
     return figure
 
 
 @needs_results
 def plot_attention_distance(model, predictions):
     """Plot the attention distance of every head of all blocks but the last."""
-    images = normalised(predictions.pixels[:128])
+    images = analysis.normalised(predictions.pixels[:128])
     torch.manual_seed(0)
     untrained = VisionTransformer().to(model.head.weight.device)
     figure, ax = _panels(2.1, 1, 1)
@@ -467,14 +444,14 @@ def plot_attention_distance(model, predictions):
         (untrained, GREY, "one head before training"),
         (model, BLUE, "one head"),
     ):
-        weights = attention_weights(shown, images)[:-1]
-        distances = attention_distance(weights, model.patch_size)
+        weights = analysis.attention_weights(shown, images)[:-1]
+        distances = analysis.attention_distance(weights, model.patch_size)
         layers = np.arange(1, len(distances) + 1) + 0.08 * (shown is model)
-        for head, values in enumerate(distances.T):
-            name = label if head == 0 else None
-            ax.plot(layers, values, "o", color=color, alpha=0.6, label=name)
+        labels = [label, *[None] * (distances.shape[1] - 1)]  # in the legend once
+        ax.plot(layers, distances, "o", color=color, alpha=0.6, label=labels)
     ax.plot(layers, distances.mean(dim=1), "-", color=ORANGE, label="mean of the heads")
-    even = attention_distance(torch.ones_like(weights[:1, :1, :1]), model.patch_size)
+    alike = torch.ones_like(weights[:1, :1, :1])
+    even = analysis.attention_distance(alike, model.patch_size)
     ax.axhline(even.item(), linestyle=":", color=GREY, label="even attention")
     ax.set(xlabel="encoder block", ylabel="distance / pixels", ylim=(0, 20))
     ax.set(xticks=range(1, len(distances) + 1))
@@ -489,18 +466,16 @@ def plot_rollout(model, predictions):
     labels = predictions.labels.tolist()
     first = [labels.index(number) for number in range(8)]
     images = predictions.pixels[first]
-    maps = rollout(attention_weights(model, normalised(images))).cpu()
+    weights = analysis.attention_weights(model, analysis.normalised(images))
+    maps = analysis.rollout(weights).cpu()
     side = round(maps.shape[-1] ** 0.5)
-    figure, axes = _panels(1.7, 2, len(images))
-    for image, heat, number, (top, bottom) in zip(
-        images, maps, first, axes.T, strict=True
-    ):
+    figure, axes = _panels(1.7, 2, len(images), **NO_TICKS)
+    columns = zip(images, maps, first, axes.T, strict=True)
+    for image, heat, number, (top, bottom) in columns:
         top.imshow(image)
         top.set_title(predictions.classes[labels[number]], size="medium")
         relative = (heat / heat.max()).reshape(side, side).numpy()
         drawn = bottom.imshow(relative, cmap="inferno", vmin=0, vmax=1)
-        for ax in (top, bottom):
-            ax.set(xticks=[], yticks=[])
     axes[0, 0].set_ylabel("image")
     axes[1, 0].set_ylabel("rollout")
     figure.colorbar(drawn, ax=axes[1], label="relative weight", aspect=8)

@@ -17,6 +17,7 @@ import statistics
 import time
 from pathlib import Path
 
+import filelock
 import safetensors.torch
 import torch
 
@@ -111,6 +112,23 @@ def write_whole(path, content):
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
+
+
+def lock(path, busy):
+    """Return the lock of a file, held; refuse with ``busy`` while another holds it."""
+    held = filelock.FileLock(path, timeout=0)
+    with file_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            held.acquire()
+        except filelock.Timeout:  # an OSError, too
+            raise UserError(busy) from None
+        except (NotImplementedError, OSError) as error:
+            without = (None, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)
+            if getattr(error, "errno", None) not in without:
+                raise
+            print(f"{path} cannot be locked: start this only once.", flush=True)
+    return held
 
 
 def checksum(path):
@@ -232,14 +250,9 @@ def history_digest(history):
 def read_history(folder):
     """Return the history of the finished run in a folder, a dict.
 
-    It begins with the settings. ``train_losses`` has a cross-entropy in nats for every
-    step. ``val_accs``, accuracies in [0, 1] as the recipe measures them,
-    ``val_accs_eval`` and ``val_losses_eval``, in nats, both with ``model.eval()``, and
-    ``epoch_seconds``, with validation, have an entry for every epoch; ``seconds`` is
-    the sum of the last. ``begins`` and ``drops_out`` are the ``traits`` of the model,
-    ``probe_logits`` what ``probe`` returns; ``date`` is when the run ended, UTC, ISO
-    8601. ``weights_sha256`` is the checksum of the weights file, ``sha256`` that of all
-    the rest of the history.
+    ``train_losses`` has an entry for every step, ``PER_EPOCH`` for every epoch, with
+    validation: losses in nats, accuracies in [0, 1]. ``begins`` and ``drops_out`` are
+    the ``traits`` of the model. ``sha256`` is the checksum of all the rest.
     """
     path = Path(folder, HISTORY_NAME)
     with file_errors(path):
@@ -334,30 +347,25 @@ def summary(history, folder):
         f"{history['val_accs_eval'][-1]:.4f} (eval)",
     ]
     for mark in (0.25, 0.5, 0.7):
-        epoch = first_epoch_at(by_recipe, mark)
-        reached = "not reached"
+        epoch, reached = first_epoch_at(by_recipe, mark), "not reached"
         if epoch:
-            after = hours(history) * epoch / len(by_recipe)
-            reached = (
-                f"{by_recipe[epoch - 1]:.4f} in epoch {epoch}, after {after:.2f} h"
-            )
+            after = f"{hours(history) * epoch / len(by_recipe):.2f} h"
+            reached = f"{by_recipe[epoch - 1]:.4f} in epoch {epoch}, after {after}"
         lines.append(f"{mark:.0%} by the recipe's measure: {reached}")
     return "\n".join(lines)
 
 
 def table_of_epochs(history):
     """Return losses and accuracies of the epochs that tell most, as text."""
-    by_recipe = history["val_accs"]
+    by_recipe, evaluated = history["val_accs"], history["val_accs_eval"]
     total, steps = len(by_recipe), len(history["train_losses"]) // len(by_recipe)
     shown = {1, 2, 5, 10, *range(10, total + 1, 10), total}
     shown |= {first_epoch_at(by_recipe, mark) for mark in (0.25, 0.5, 0.7)}
     lines = ["epoch   training loss / nats   accuracy by the recipe   with eval()"]
     for epoch in sorted(shown & {*range(1, total + 1)}):
-        loss = statistics.mean(
-            history["train_losses"][(epoch - 1) * steps : epoch * steps]
-        )
-        accuracies = by_recipe[epoch - 1], history["val_accs_eval"][epoch - 1]
-        lines.append("{:5}{:23.3f}{:25.4f}{:14.4f}".format(epoch, loss, *accuracies))
+        losses = history["train_losses"][(epoch - 1) * steps : epoch * steps]
+        row = statistics.mean(losses), by_recipe[epoch - 1], evaluated[epoch - 1]
+        lines.append("{:5}{:23.3f}{:25.4f}{:14.4f}".format(epoch, *row))
     return "\n".join(lines)
 
 

@@ -11,7 +11,6 @@ process waits would let two of them train the same run.
 import contextlib
 import ctypes
 import datetime
-import errno
 import hashlib
 import io
 import json
@@ -27,7 +26,6 @@ import zipfile
 from pathlib import Path
 
 import einops
-import filelock
 import safetensors.torch
 import torch
 import torchvision
@@ -35,33 +33,12 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from support.records import (
-    BEGUN,
-    DEFAULT,
-    DIVERGED,
-    FORMAT,
-    HISTORY_NAME,
-    PER_EPOCH,
-    QUICK,
-    QUICK_RECORD,
-    RECORD,
-    RUNS,
-    WEIGHTS_NAME,
-    UserError,
-    check_is_of,
-    check_values,
-    file_errors,
-    history_digest,
-    load_weights,
-    probe,
-    processor_name,
-    traits,
-    write_whole,
-)
+from support import records
+from support.records import UserError, file_errors
 
 CHECKPOINT_NAME = "checkpoint.pt"
-LOOK_EVERY = 50  # steps: to read a loss waits for the GPU
 CPUINFO = Path("/proc/cpuinfo")  # Linux
+LOOK_EVERY = 50  # steps: to read a loss waits for the GPU
 # How torch begins to say that memory or a worker is gone; </torch_ is in /dev/shm
 EXHAUSTED = r"DataLoader worker \(pid|</torch_|out of memory|allocate memory"
 
@@ -94,7 +71,7 @@ def read_checkpoint(path):
         raise UserError(
             f"{path} is damaged ({reason}): restore it, or delete it and begin again"
         ) from error
-    check_values(path, state["history"], BEGUN)
+    records.check_values(path, state["history"], records.BEGUN)
     return state
 
 
@@ -160,8 +137,6 @@ def progress_bar(total, done):
         file=sys.stdout,
         disable=False if hasattr(shell, "kernel") else None,  # in a notebook
         leave=False,
-        mininterval=0.5,
-        ncols=76,
     )
 
 
@@ -219,14 +194,14 @@ def interruption_waits(model):
 
 def default_folder(settings):
     """Return the folder of a run: of a recorded one, or named by what differs."""
-    if settings == QUICK:
-        return QUICK_RECORD
+    if settings == records.QUICK:
+        return records.QUICK_RECORD
     names = [
         f"{name.removeprefix('n_')}-{value}"
         for name, value in settings.items()
-        if value != DEFAULT.get(name)
+        if value != records.DEFAULT.get(name)
     ]
-    return RUNS / "-".join(names) if names else RECORD
+    return records.RUNS / "-".join(names) if names else records.RECORD
 
 
 class Run:
@@ -247,7 +222,7 @@ class Run:
     def is_finished(self):
         """Whether its record is there."""
         with file_errors(self.folder):
-            return (self.folder / HISTORY_NAME).is_file()
+            return (self.folder / records.HISTORY_NAME).is_file()
 
     @contextlib.contextmanager
     def started(self, model, optimizer, n_epochs, steps_per_epoch):
@@ -333,15 +308,14 @@ class Run:
         evaluation mode, and labels (N,).
         """
         losses = torch.stack(self._losses).tolist()
+        mean = sum(losses) / len(losses)
         measured = {
             "val_accs": accuracy,
             "val_accs_eval": (logits.argmax(dim=-1) == labels).double().mean().item(),
             "val_losses_eval": F.cross_entropy(logits, labels).item(),
             "epoch_seconds": time.perf_counter() - self._start,
         }
-        for loss in losses:
-            self._check("loss", loss)
-        for name, value in measured.items():
+        for name, value in {"loss": mean, **measured}.items():
             self._check(name, value)
         self.history["train_losses"] += losses
         for name, value in measured.items():
@@ -349,7 +323,7 @@ class Run:
         self._save()
         self._say(
             f"epoch {self.epochs_done:>3}: "
-            f"loss {sum(losses) / len(losses):.3f}, validation accuracy "
+            f"loss {mean:.3f}, validation accuracy "
             f"{accuracy:.4f} (recipe), {measured['val_accs_eval']:.4f} (eval), "
             f"{measured['epoch_seconds']:.0f} s"
         )
@@ -359,8 +333,9 @@ class Run:
         """Stop at a value that no further step can mend, before it is saved."""
         if not math.isfinite(value):
             raise UserError(
-                f"{name} = {value} in epoch {self.epochs_done + 1}: {DIVERGED}; "
-                f"{self.epochs_done} epochs are saved in {self.folder}"
+                f"{name} = {value} in epoch {self.epochs_done + 1}: "
+                f"{records.DIVERGED}; {self.epochs_done} epochs are saved in "
+                f"{self.folder}"
             )
 
     def _watch_pace(self):
@@ -387,21 +362,8 @@ class Run:
     @contextlib.contextmanager
     def _locked(self):
         """Keep other processes from training the same run at the same time."""
-        lock = filelock.FileLock(self.folder / ".lock", timeout=0)
-        with file_errors(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            try:
-                lock.acquire()
-            except filelock.Timeout:  # an OSError, too
-                raise UserError(
-                    f"another process is training the run in {self.folder}: wait for "
-                    "it, or end it"
-                ) from None
-            except (NotImplementedError, OSError) as error:
-                without = (None, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)
-                if getattr(error, "errno", None) not in without:
-                    raise
-                say(f"{self.folder} cannot be locked: start this run only once.")
+        busy = f"another process is training the run in {self.folder}: wait, or end it"
+        lock = records.lock(self.folder / ".lock", busy)
         try:
             for path in self.folder.glob(".*.part"):  # of a process that was killed
                 path.unlink(missing_ok=True)
@@ -417,11 +379,11 @@ class Run:
                 "model": self.model.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "random": {k: m.get_rng_state() for k, m in self.random.items()},
-                "probe_logits": probe(self.model),
+                "probe_logits": records.probe(self.model),
             },
             buffer,
         )
-        write_whole(self.checkpoint, buffer.getvalue())
+        records.write_whole(self.checkpoint, buffer.getvalue())
         self.epochs_done = len(self.history["val_accs"])
 
     def _restore(self):
@@ -429,17 +391,17 @@ class Run:
         if state is None:
             self.history = {
                 **self.settings,
-                "format": FORMAT,
-                **{name: [] for name in ("train_losses", *PER_EPOCH)},
+                "format": records.FORMAT,
+                **{name: [] for name in ("train_losses", *records.PER_EPOCH)},
                 "parameters": sum(p.numel() for p in self.model.parameters()),
-                **traits(self.model),
+                **records.traits(self.model),
             }
             self._save()  # an interruption in the first epoch must find its beginning
             return
         self.history, source = state["history"], self.checkpoint
-        settings = {**self.settings, "format": FORMAT}
-        check_is_of(source, self.history, settings, self.model)
-        load_weights(self.model, state["model"], state["probe_logits"], source)
+        settings = {**self.settings, "format": records.FORMAT}
+        records.check_is_of(source, self.history, settings, self.model)
+        records.load_weights(self.model, state["model"], state["probe_logits"], source)
         self.epochs_done = len(self.history["val_accs"])
         self.optimizer.load_state_dict(state["optimizer"])
         for name, module in self.random.items():
@@ -449,7 +411,7 @@ class Run:
     def _record(self):
         content = safetensors.torch.save(self.model.state_dict())
         is_cuda = self.device == "cuda"
-        name = torch.cuda.get_device_name() if is_cuda else processor_name()
+        name = torch.cuda.get_device_name() if is_cuda else records.processor_name()
         self.history.update(
             seconds=sum(self.history["epoch_seconds"]),
             device=self.device,
@@ -462,11 +424,11 @@ class Run:
                 "einops": einops.__version__,
             },
             date=datetime.datetime.now(datetime.timezone.utc).isoformat("T", "seconds"),
-            probe_logits=probe(self.model),
+            probe_logits=records.probe(self.model),
             weights_sha256=hashlib.sha256(content).hexdigest(),
         )
-        self.history["sha256"] = history_digest(self.history)
-        write_whole(self.folder / WEIGHTS_NAME, content)
+        self.history["sha256"] = records.history_digest(self.history)
+        records.write_whole(self.folder / records.WEIGHTS_NAME, content)
         text = json.dumps(self.history) + "\n"
-        write_whole(self.folder / HISTORY_NAME, text.encode())
+        records.write_whole(self.folder / records.HISTORY_NAME, text.encode())
         self.checkpoint.unlink(missing_ok=True)  # the record holds what is needed

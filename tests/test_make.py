@@ -41,7 +41,7 @@ def test_make_alone_lists_every_command_the_needed_ones_first():
     assert done.returncode == 0
     commands = re.findall(r"^  ([a-z]+)  +\w", done.stdout, re.MULTILINE)
     assert commands[:4] == ["report", "test", "zip", "lab"]
-    assert commands == [*make.FIRST, *make.OTHERS]
+    assert commands == [*make.COMMANDS]
     assert re.search(r"^  report .*\(\d+ s\)$", done.stdout, re.MULTILINE), "its cost"
 
 
@@ -211,7 +211,7 @@ def test_every_command_brings_an_edit_into_the_script_first(command, monkeypatch
     monkeypatch.setattr(build, "report", look)
     monkeypatch.setattr(build, "demo", look)
     monkeypatch.setattr(bundle, "make_zip", look)
-    readers = {**make.FIRST, **make.OTHERS}.keys() - {"setup", "clean", "course"}
+    readers = make.COMMANDS.keys() - {"setup", "clean", "course"}
     asked = [[name] for name in sorted(readers)]
     asked += [[name, "RUN=runs/quick"] for name in make.OPTIONS["RUN"][0]]
     for arguments in asked:
