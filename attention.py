@@ -114,9 +114,10 @@ class SelfAttention2d(nn.Module):
 # | $d_k, d_v$ | `head_dim`, `value_dim` | size of a query or key; of a value |
 # | $W^Q, W^K, W^V, W^O$ | `q`, `k`, `v`, `out` | linear layers without bias |
 #
-# `forward` reads the grid row by row as a sequence and puts the result back. `attend`
-# is the same layer on a sequence, which is what the Vision Transformer of Task 2 needs.
-# A reshape splits the heads, so there is no loop over heads, tokens or images.
+# `forward` reads the grid row by row as a sequence, and turns the result back into a
+# grid. `attend` is the same layer on a sequence, which is what the Vision Transformer
+# of Task 2 needs. A reshape splits the heads, so there is no loop over heads, tokens or
+# images.
 
 
 # %% [markdown]
@@ -124,8 +125,8 @@ class SelfAttention2d(nn.Module):
 #
 # The two tests below repeat the course's own tests: the weights of the layer are copied
 # into `nn.MultiheadAttention`, which must return the same tokens on the same kind of
-# input (4 x 256 x 24 x 24), within `rtol=1e-2` and `atol=1e-5`. The course's notebook
-# may not be handed on, so they are written to the same facts.
+# input (4 x 256 x 24 x 24), within `rtol=1e-2` and `atol=1e-5`. They are written to the
+# facts of the originals, which are the course's and not part of this hand-in.
 
 
 # %%
@@ -203,8 +204,8 @@ if __name__ == "__main__":
 #
 # ### Why divide by $\sqrt{d_k}$?
 #
-# Let the entries of a query and a key be independent, with mean 0 and variance 1. Their
-# product is then a sum of $d_k$ terms with mean 0 and variance 1:
+# Let the entries of a query and a key all be independent of each other, with mean 0 and
+# variance 1. Their dot product is then a sum of $d_k$ terms with mean 0 and variance 1:
 #
 # $$\operatorname{Var}(q \cdot k) = \sum_{i=1}^{d_k} \operatorname{Var}(q_i k_i) = d_k$$
 #

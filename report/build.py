@@ -1,5 +1,7 @@
 """What is shown, and how notebooks and PDF of it are made."""
 
+import ast
+import contextlib
 import re
 import shutil
 from dataclasses import dataclass
@@ -37,8 +39,8 @@ print("DEMO DATA, generated, instead of CIFAR-10: see support/demo_data.py")\
 class Submission:
     """What a command shows: decided once, handed on to notebooks, PDF and ZIP.
 
-    The notebooks lie in ``folder``: here, where they name the run themselves, or below
-    ``build``, where another one was asked for.
+    ``run`` is the folder of the run, ``history`` its record. The notebooks lie in
+    ``folder``: the project's if they name that run themselves, else one below build.
     """
 
     student: Student
@@ -105,13 +107,22 @@ class Submission:
 
 def find_run(notebook):
     """Return the place of the cell tagged ``parameters``, and the run that it names."""
+    example = 'as in RUN = "runs/exercise"'
     for place, cell in enumerate(notebook.cells):
-        found = re.search(r"""^RUN\b.*?=\s*(["'])(.+?)\1""", cell.source, re.M)
-        if found and PARAMETERS in cell.metadata.get("tags", []):
-            return place, found[2]
+        found = re.search(r"^RUN\b.*", cell.source, re.M)
+        is_code = cell.cell_type == "code"
+        if found and is_code and PARAMETERS in sync.tags_of(cell):
+            with contextlib.suppress(SyntaxError, ValueError, AttributeError):
+                run = ast.literal_eval(ast.parse(found[0]).body[0].value)
+                if isinstance(run, str):
+                    return place, run
+            raise UserError(
+                f"{found[0].strip()!r} in the cell tagged {PARAMETERS} of {SCRIPTS[1]} "
+                f"is no text in quotes, {example}"
+            )
     raise UserError(
-        f'no cell of {SCRIPTS[1]} has the tag "parameters" and gives RUN, the folder '
-        'of the run that is shown, in quotes: restore it, as RUN = "runs/exercise"'
+        f'no cell of {SCRIPTS[1]} has the tag "{PARAMETERS}" and gives RUN, the folder '
+        f"of the run that is shown: restore it, {example}"
     )
 
 
@@ -160,11 +171,14 @@ def _looks_the_same(notebook, path):
 
     def seen(book):
         facts = {**book.metadata.get("provenance", {}), "executed": ""}
-        outputs = [
-            (cell.get("execution_count"), cell.get("outputs"))
-            for cell in book.cells
-            if TIMED not in sync.tags_of(cell)
-        ]
+        outputs = []
+        for cell in book.cells:
+            shown = cell.get("outputs", [])
+            if TIMED in sync.tags_of(cell):
+                shown = [
+                    (out.output_type, sorted(out.get("data", ()))) for out in shown
+                ]
+            outputs.append((cell.get("execution_count"), shown))
         return facts, sync.contents(book), outputs
 
     return path.is_file() and seen(notebooks.read_notebook(path)) == seen(notebook)

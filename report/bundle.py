@@ -9,7 +9,7 @@ from pathlib import Path
 
 from report.course import executed
 from report.notebooks import read_notebook
-from report.pdf import make_pdf
+from report.pdf import LISTINGS, make_pdf
 from report.student import tomllib
 from report.sync import SCRIPTS, bring_together, first_not_executed
 from support import records
@@ -100,13 +100,12 @@ def _make_ready(submission, weights, keep):
 
 def _members(submission, weights, pictures):
     """Return what goes into the ZIP, as a dict from name to bytes."""
-    record = [records.HISTORY_NAME, *[records.WEIGHTS_NAME] * weights]
+    names = (records.HISTORY_NAME, records.WEIGHTS_NAME)[: 1 + weights]
     files = [
         *SCRIPTS,
-        *Path("support").glob("*.py"),
-        Path("train.py"),
-        Path("recipe_check.py"),
-        *(submission.run / name for name in record),
+        *(Path("support", name) for name in ("__init__.py", "demo_data.py")),
+        *map(Path, LISTINGS),
+        *(submission.run / name for name in names),
         *pictures,
         *filter(Path.is_file, [records.TRIALS_TABLE]),
     ]

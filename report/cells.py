@@ -406,7 +406,7 @@ def printable(text):
 def breakable(text):
     """Return text of which long lines may break, also where no blank is."""
     return "\n".join(
-        re.sub(r"([.(,]|\S{40})", "\\1\u200b", line) if len(line) > 86 else line
+        re.sub(r"([.(,]|\S{40})", "\\1\u200b", line) if len(line) > 88 else line
         for line in text.split("\n")
     )
 

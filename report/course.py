@@ -193,5 +193,6 @@ def _set_epochs(notebook, path, epochs):
         if then and re.fullmatch(r"[1-9]\d{0,5}", epochs):
             cell.source = EPOCHS.sub(rf"\g<1>{epochs}", cell.source)
             return f"{epochs} instead of {then[2]}"
-    wrong = "is no positive number, or {} sets no N_EPOCHS"
-    raise UserError(f"EPOCHS={epochs} " + wrong.format(path))
+    raise UserError(
+        f"EPOCHS={epochs} is no positive number, or {path} sets no N_EPOCHS"
+    )

@@ -12,7 +12,7 @@ import typst
 
 from report.cells import Cells, breakable, missing
 from report.notebooks import read_notebook
-from report.sync import LIBRARIES
+from report.sync import LIBRARIES, provenance
 from report.tables import origin, points, result
 from support.records import UserError, write_whole
 
@@ -151,7 +151,7 @@ def to_typst(text):
 def _facts(submission, notebooks):
     """Return what the template shows besides the notebooks."""
     who = submission.student
-    days = [book.metadata.get("provenance", {}).get("executed") for book in notebooks]
+    days = [provenance(book).get("executed") for book in notebooks]
     latest = max(filter(None, days), default=submission.history["date"])[:10]
     return {
         "surname": who.surname,

@@ -99,9 +99,15 @@ def code_checksums():
     return found
 
 
+def provenance(notebook):
+    """Return what a notebook remembers of its making, a dict, perhaps empty."""
+    found = notebook.metadata.get("provenance")
+    return found if isinstance(found, dict) else {}
+
+
 def edited_since(notebook):
     """Return the files of which the code was edited since a notebook was executed."""
-    then = notebook.metadata.get("provenance", {}).get("code", {})
+    then = provenance(notebook).get("code", {})
     return [
         name for name, now in code_checksums().items() if now != then.get(name, now)
     ]
@@ -113,7 +119,7 @@ def first_not_executed(notebook, script):
     None if all were executed by a command, as they are now and in this order, and none
     has failed since.
     """
-    then = notebook.metadata.get("provenance", {}).get("code", {}).get(script.name, [])
+    then = provenance(notebook).get("code", {}).get(script.name, [])
     cells = [(n, c) for n, c in handwritten(notebook) if c.cell_type == "code"]
     for place, (number, cell) in enumerate(cells):
         was_executed = then[place : place + 1] == [digest(text_of(cell))]
@@ -138,14 +144,15 @@ def bring_together(script, notebook, keep=None):
     seen = checksum(script), checksum(notebook)
     ours, theirs = read_script(script), read_notebook(notebook)
     pictures = _take_pictures(theirs, notebook, script.parent / PICTURES)
-    facts = theirs.metadata.get("provenance", {})
+    facts = provenance(theirs)
     made_from = facts.get("source")
-    use_notebook = made_from != cell_checksums(theirs)  # it was edited
-    use_script = made_from != cell_checksums(ours)
+    edited_notebook = made_from != cell_checksums(theirs)
+    edited_script = made_from != cell_checksums(ours)
     are_same = contents(ours) == contents(theirs)
-    if are_same and not (use_notebook or use_script):
+    if are_same and not (edited_notebook or edited_script):
         return
-    if use_notebook and use_script and not are_same:
+    use_notebook = edited_notebook
+    if edited_notebook and edited_script and not are_same:
         if keep not in SIDES:
             # Where that is not known, each is compared with the other
             places = _edits(notebook, theirs, made_from or cell_checksums(ours))

@@ -7,7 +7,7 @@ import statistics
 from torchvision.datasets import CIFAR10
 
 from report.course import executed
-from report.sync import edited_since
+from report.sync import edited_since, provenance
 from support.dataset import ARCHIVE_MD5, is_present
 from support.records import describe, finished, first_epoch_at
 
@@ -76,7 +76,7 @@ def origin(submission, notebooks):
     """Return the rows of the first page on what was made where and when."""
     rows = []
     for path, notebook in zip(submission.notebooks, notebooks, strict=True):
-        facts = notebook.metadata.get("provenance", {})
+        facts = provenance(notebook)
         how = "it is not known when it was executed"
         if "executed" in facts:
             how = (

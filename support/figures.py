@@ -76,7 +76,8 @@ def plot_scaling(head_dims, num_tokens=64):
         ax.set_xticks(head_dims, [str(head_dim) for head_dim in head_dims])
         ax.minorticks_off()
         ax.grid(alpha=0.3)
-        ax.legend()
+    axes[0].legend(loc="upper left")
+    axes[1].legend(loc="lower left")
     return figure
 
 
@@ -132,7 +133,7 @@ def plot_cost(sides):
         axes[panel].loglog(tokens, scaled, style, color=color, label=label)
     crossing = 2 * layer.embed_dim
     axes[0].axvline(crossing, color=GREY, linestyle=":", label="$L = 2D$")
-    axes[0].legend(loc="upper left")
+    axes[0].legend(loc="lower right")
     labels = "operations / million", "memory / MiB", "time / ms"
     for ax, what in zip(axes, labels, strict=True):
         ax.set(xlabel="tokens $L$", ylabel=what)
@@ -350,8 +351,8 @@ def show_confident(predictions):
     for least in (0.5, 0.9, 0.99, 0.999):
         chosen = confidence >= least
         shares = chosen.double().mean(), correct[chosen].mean()
-        rows.append([f"{least:g}", *(f"{100 * share:.1f}" for share in shares)])
-    return _table(["confidence ≥", "images / %", "correct / %"], rows)
+        rows.append([f"{100 * least:g}", *(f"{100 * share:.1f}" for share in shares)])
+    return _table(["confidence ≥ / %", "images / %", "correct / %"], rows)
 
 
 # --- Task 2: trials ---------------------------------------------------
@@ -416,10 +417,10 @@ def plot_position_similarity(model, history):
     )
     likeness = torch.cosine_similarity(trained.flatten(), initial.flatten(), dim=0)
     shown = {
-        f"trained (cosine with the initial values {likeness:.4f})": trained,
+        f"trained (cosine with initial: {likeness:.4f})": trained,
         "changed by training": trained - initial,
     }
-    figure, axes = _panels(2.8)
+    figure, axes = _panels(3.6)
     for ax, (title, position) in zip(axes, shown.items(), strict=True):
         similarity = torch.cosine_similarity(position[:, None], position[None], dim=-1)
         limit = (similarity - torch.diag(similarity.diag())).abs().max().item()

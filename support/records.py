@@ -123,11 +123,8 @@ def lock(path, busy):
             held.acquire()
         except filelock.Timeout:  # an OSError, too
             raise UserError(busy) from None
-        except (NotImplementedError, OSError) as error:
-            without = (None, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)
-            if getattr(error, "errno", None) not in without:
-                raise
-            print(f"{path} cannot be locked: start this only once.", flush=True)
+        except (NotImplementedError, OSError):  # a file system without locks
+            print(f"{path} cannot be locked: start one command at a time.", flush=True)
     return held
 
 
@@ -250,9 +247,11 @@ def history_digest(history):
 def read_history(folder):
     """Return the history of the finished run in a folder, a dict.
 
-    ``train_losses`` has an entry for every step, ``PER_EPOCH`` for every epoch, with
-    validation: losses in nats, accuracies in [0, 1]. ``begins`` and ``drops_out`` are
-    the ``traits`` of the model. ``sha256`` is the checksum of all the rest.
+    ``train_losses`` has an entry for every step, those of ``PER_EPOCH`` have one for
+    every epoch: losses in nats, accuracies in [0, 1], seconds with validation.
+    ``begins`` and ``drops_out`` are the ``traits`` of the model, ``probe_logits`` what
+    ``probe`` returns; ``weights_sha256`` is the checksum of the weights file,
+    ``sha256`` that of the rest of the history.
     """
     path = Path(folder, HISTORY_NAME)
     with file_errors(path):

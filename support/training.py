@@ -137,6 +137,7 @@ def progress_bar(total, done):
         file=sys.stdout,
         disable=False if hasattr(shell, "kernel") else None,  # in a notebook
         leave=False,
+        ncols=76,
     )
 
 

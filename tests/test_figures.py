@@ -193,3 +193,16 @@ def test_scaled_logits_keep_their_deviation_and_the_softmax_its_breadth():
     for deviation, law in zip(deviations, (2, 8, 32), strict=True):
         assert abs(deviation / law - 1) < 0.1
     assert entropies[-1] < 0.3
+
+
+def test_verify_counts_right_answers(capsys):
+    labels = torch.arange(10).repeat(10)
+    logits = torch.eye(10)[labels]
+    logits[:7] = -logits[:7]  # seven wrong answers of a hundred
+    predictions = analysis.Predictions(None, labels, logits, None)
+    for recorded, agrees in ((93, True), (98, True), (88, True), (99, False)):
+        history = {"val_accs_eval": [0.0, recorded / 100]}
+        assert analysis.verify(history, predictions) is agrees
+    said = capsys.readouterr().out
+    assert "93 of 100 test images right, 93.00 %" in said
+    assert said.count("the record is NOT confirmed") == 1

@@ -295,7 +295,11 @@ def test_the_notebook_says_which_run_is_shown(project):
     assert (other.run, other.folder) == (Path("runs/quick"), Path())
     with pytest.raises(UserError, match=r"shows runs/exercise .* not runs/quick"):
         other.check()
-    replace_in("vision_transformer.py", 'RUN = "runs/quick"', "")
+    computed = 'RUN = None  # or RUN = "runs/quick"'
+    replace_in("vision_transformer.py", 'RUN = "runs/quick"', computed)
+    with pytest.raises(UserError, match=r"RUN = None .* is no text in quotes"):
+        shown()
+    replace_in("vision_transformer.py", computed, "")
     with pytest.raises(UserError, match='the tag "parameters" and gives RUN'):
         shown()
 

@@ -16,7 +16,7 @@ import pytest
 from conftest import ROOT, STUDENT, copy_project, edited_notebook, replace_in
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_output
 
-from report import build, notebooks, sync
+from report import build, notebooks, sync, tables
 from report.build import Submission
 from support import records
 from support.records import UserError
@@ -395,17 +395,33 @@ def test_code_edited_since_execution_is_seen():
     replace_in(Path("support", "records.py"), "# --- Files", "# --- The files")
     replace_in(SCRIPT, "softmax(dim=-1)", "softmax(dim=-2)")
     assert edited_files() == ["support/records.py", "attention.py"]
+    submission = Submission.of(STUDENT)
+    rows = tables.origin(submission, map(notebooks.read_notebook, submission.notebooks))
+    assert "edited since: support/records.py, attention.py" in rows[0][1]
 
 
-def test_a_report_of_what_is_unchanged_leaves_the_notebooks_unchanged():
+def test_a_report_of_what_is_unchanged_leaves_the_notebooks_unchanged(monkeypatch):
+    execute, times = notebooks.execute, iter(["2 ms", "3 ms", "4 ms"])
+
+    def timed(notebook):
+        return [cell for cell in notebook.cells if build.TIMED in sync.tags_of(cell)]
+
+    def measure(notebook, name):
+        execute(notebook, name)
+        for cell in timed(notebook):
+            cell.outputs = [new_output("stream", text=next(times))]
+
+    monkeypatch.setattr(notebooks, "execute", measure)
     report()
     with edited_notebook() as notebook:
         notebook.metadata["provenance"]["executed"] = "long ago"
-        [timed] = [c for c in notebook.cells if build.TIMED in sync.tags_of(c)]
-        timed.outputs = [new_output("stream", text="in 2 ms")]
     before = NOTEBOOK.read_bytes()
     report()
     assert NOTEBOOK.read_bytes() == before
+    with edited_notebook() as notebook:
+        timed(notebook)[0].outputs = []  # as somebody who clears it
+    report()
+    assert "4 ms" in read(NOTEBOOK)
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
