@@ -275,8 +275,9 @@ if __name__ == "__main__":
 # %% [markdown]
 # **Figure 3.** Cost of `SelfAttention2d` with its defaults ($D = 256$) on one grid of
 # $L$ tokens. Left: counted operations of the projections and of the products $QK^T$ and
-# (weights) $V$. Centre: memory kept for the backward pass. Right: time of a forward
-# pass on one core of the machine that made this figure.
+# (weights) $V$, which are as many at $L = 2D$ (dotted). Centre: memory kept for the
+# backward pass. Right: time of a forward pass on one core of the machine that made this
+# figure.
 # <!-- alt: Three log-log plots against the number of tokens. On the left, the line of
 # the products is steeper than that of the projections and crosses it at 512 tokens. The
 # other two, memory and time, rise ever more steeply. -->

@@ -77,7 +77,7 @@ def plot_scaling(head_dims, num_tokens=64):
         ax.minorticks_off()
         ax.grid(alpha=0.3)
     axes[0].legend(loc="upper left")
-    axes[1].legend(loc="lower left")
+    axes[1].legend(loc="upper right", bbox_to_anchor=(1, 0.74))  # between the curves
     return figure
 
 
@@ -132,8 +132,9 @@ def plot_cost(sides):
         scaled = [value / unit for value in values]
         axes[panel].loglog(tokens, scaled, style, color=color, label=label)
     crossing = 2 * layer.embed_dim
-    axes[0].axvline(crossing, color=GREY, linestyle=":", label="$L = 2D$")
-    axes[0].legend(loc="lower right")
+    axes[0].axvline(crossing, color=GREY, linestyle=":")
+    axes[0].set_ylim(0.5, None)
+    axes[0].legend(loc="lower right", handlelength=1)
     labels = "operations / million", "memory / MiB", "time / ms"
     for ax, what in zip(axes, labels, strict=True):
         ax.set(xlabel="tokens $L$", ylabel=what)
