@@ -81,6 +81,13 @@ def test_what_is_of_another_model_or_other_settings_is_refused(
     assert again(small_model(seed=1), n_epochs=2)
 
 
+def test_a_report_trains_nothing(workplace, monkeypatch):
+    monkeypatch.setenv("NO_TRAINING", "1")  # as a command sets it for its kernel
+    with pytest.raises(UserError, match="holds no finished run, and a report trains"):
+        go_on(small_model())
+    assert not list(FOLDER.glob("*"))
+
+
 def test_a_checkpoint_is_kept_where_memory_is_too_small_for_it(workplace, monkeypatch):
     path = go_on(small_model(), n_epochs=3, stop_after=2).checkpoint
     monkeypatch.setattr(torch, "load", mock.Mock(side_effect=MemoryError))
