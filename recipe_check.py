@@ -64,7 +64,7 @@ def main():
     weights = zip(ours.parameters(), plain.parameters(), strict=True)
     same = (history["train_losses"], history["val_accs"]) == figures
     same = same and all(torch.equal(*pair) for pair in weights)
-    said = "are the same bits" if same else "DIFFER"
+    said = "bit-identical" if same else "DIFFER"
     print(f"losses, accuracies, weights of `train` and of a plain loop: {said}")
     return not same
 

@@ -231,10 +231,8 @@ class VisionTransformer(nn.Module):
     def patchify(self, x):
         """Turn images (B, C, H, W) into tokens (B, L, D) that know their position."""
         p, n = self.patch_size, self.image_size // self.patch_size
-        axes = {"C": self.in_channels, "row": n, "column": n, "y": p, "x": p}
-        x = einops.rearrange(
-            x, "B C (row y) (column x) -> B (row column) (y x C)", **axes
-        )
+        axes = {"C": self.in_channels, "row": n, "col": n, "y": p, "x": p}
+        x = einops.rearrange(x, "B C (row y) (col x) -> B (row col) (y x C)", **axes)
         return self.patch_embedding(x) + self.position_embedding[:, 1:]
 
     def forward(self, x):
