@@ -123,10 +123,10 @@ class SelfAttention2d(nn.Module):
 # %% [markdown]
 # ## Unit tests
 #
-# The two tests below repeat the course's own tests: the weights of the layer are copied
-# into `nn.MultiheadAttention`, which must return the same tokens on the same kind of
-# input (4 x 256 x 24 x 24), within `rtol=1e-2` and `atol=1e-5`. They are written to the
-# facts of the originals, which are the course's and not part of this hand-in.
+# The two tests below check what the course's own tests check: the weights of the layer
+# are copied into `nn.MultiheadAttention`, which must return the same tokens on the same
+# kind of input (4 x 256 x 24 x 24), within `rtol=1e-2` and `atol=1e-5`. They are our
+# own code, since the originals are not part of this hand-in.
 
 
 # %%
@@ -237,10 +237,10 @@ if __name__ == "__main__":
 # ### What the heads look at
 #
 # To make attention visible, the input of Figure 2 has structure: a disc, a bar and a
-# background, where the tokens of a region share one random direction. The key
-# projection is a copy of the query projection, so two tokens match when they are alike.
-# Both have twice their initial weights, which makes the maps sharper. Nothing is
-# trained here.
+# background, where the tokens of a region share one random direction, each with noise
+# of its own. The key projection is a copy of the query projection, so two tokens match
+# when they are alike. Both have twice their initial weights, which makes the maps
+# sharper. Nothing is trained here.
 
 # %% tags=["active-ipynb", "appendix"]
 # figures.plot_attention_maps(queries=[(4, 4), (12, 9)], heads=[0, 1, 2]);
@@ -279,8 +279,8 @@ if __name__ == "__main__":
 # backward pass. Right: time of a forward pass on one core of the machine that made this
 # figure.
 # <!-- alt: Three log-log plots against the number of tokens. On the left, the line of
-# the products is steeper than that of the projections and crosses it at 512 tokens. The
-# other two, memory and time, rise ever more steeply. -->
+# the products is steeper than that of the projections and crosses it at 512 tokens.
+# Memory and time rise as well, in the end faster than the tokens. -->
 
 # %% [markdown]
 # Memory grows with $L^2$ too, since $h L^2$ attention weights are kept. This is why a

@@ -325,7 +325,7 @@ def plot_predictions(predictions):
     order = confidence.argsort(descending=True)
     columns = 6
     rows = {
-        "most confident": order[right[order]][:columns],
+        "confident, right": order[right[order]][:columns],
         "least confident": order.flip(0)[:columns],
         "confident, wrong": order[~right[order]][:columns],
     }
