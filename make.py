@@ -311,7 +311,9 @@ def main(arguments):
             ensure_environment()
         print(f"{environment_folder().name} is ready.")
     elif is_inside and os.environ == own_variables():
-        sys.path.insert(0, str(ROOT))
+        # Behind the standard library: a file here may have a name of its modules
+        sys.path[:] = [path for path in sys.path if path != str(ROOT)]
+        sys.path.insert(["-packages" in p for p in sys.path].index(True), str(ROOT))
         return run_inside(name)
     else:
         python = sys.executable if is_inside else str(ensure_environment())

@@ -254,6 +254,12 @@ def test_no_variable_leads_python_elsewhere(folder):
     assert (done.returncode, done.stderr) == (1, "")
 
 
+def test_a_file_named_as_a_module_of_python_stops_no_report(folder):
+    (folder / "tokenize.py").touch()  # which torch would import
+    done = run_make("report", "RUN=nowhere", folder=folder)
+    assert "there is no finished run in nowhere" in done.stderr
+
+
 def test_the_readme_shows_what_the_records_say():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     expected = []
