@@ -262,9 +262,9 @@ if __name__ == "__main__":
 # %% [markdown]
 # ### What it costs
 #
-# A forward pass needs $8 L D^2$ operations for its four projections when the heads fill
-# the token, and $4 L^2 D$ for the two products $QK^T$ and (weights) $V$, whatever the
-# number of heads is; a multiplication and an addition count as two. The products
+# With $h d_k = h d_v = D$, a forward pass needs $8 L D^2$ operations for its four
+# projections, and $4 L^2 D$ for the two products $QK^T$ and $AV$, where $A$ are the
+# attention weights; a multiplication and an addition count as two. The products
 # overtake the projections at $L = 2D$. Figure 3 counts the operations of all matrix
 # products while a grid passes through the layer, and measures time and memory beside
 # them.
@@ -275,7 +275,7 @@ if __name__ == "__main__":
 # %% [markdown]
 # **Figure 3.** Cost of `SelfAttention2d` with its defaults ($D = 256$) on one grid of
 # $L$ tokens. Left: counted operations of the projections and of the products $QK^T$ and
-# (weights) $V$, which are as many at $L = 2D$ (dotted). Centre: memory kept for the
+# $AV$, which are as many at $L = 2D$ (dotted). Centre: memory kept for the
 # backward pass. Right: time of a forward pass on one core of the machine that made this
 # figure.
 # <!-- alt: Three log-log plots against the number of tokens. On the left, the line of

@@ -42,9 +42,6 @@
 # | $p$; $L = HW / p^2$ | `patch_size` | side of a patch; number of patches |
 # | $D$, $h$ | `hidden_size`, `n_heads` | size of a token, number of heads |
 
-# %% [markdown]
-# ## Imports and device
-
 # %% tags=["appendix"]
 """A Vision Transformer and the CIFAR-10 training recipe of the exercise (Task 2).
 
@@ -200,13 +197,12 @@ class VisionTransformer(nn.Module):
             raise ValueError(f"{image_size=} is not divisible by {patch_size=}")
         self.in_channels, self.patch_size = in_channels, patch_size
         self.image_size = image_size
-        self.num_patches = (image_size // patch_size) ** 2  # L
+        self.num_patches = L = (image_size // patch_size) ** 2
 
         self.patch_embedding = nn.Linear(in_channels * patch_size**2, hidden_size)
         self.class_token = nn.Parameter(torch.empty(1, 1, hidden_size))
-        self.position_embedding = nn.Parameter(  # row 0 is the class token's
-            torch.empty(1, 1 + self.num_patches, hidden_size)
-        )
+        # Row 0 is the class token's
+        self.position_embedding = nn.Parameter(torch.empty(1, 1 + L, hidden_size))
         self.blocks = nn.ModuleList(
             SelfAttentionTransformerBlock(hidden_size, mlp_size, n_heads, p_dropout)
             for _ in range(layers)
@@ -465,8 +461,8 @@ def make_loaders(cache_dir, batch_size, dataset=CIFAR10):
 # figures.plot_patches(CIFAR10, DATASET_CACHE_DIR, VisionTransformer().patch_size);
 
 # %% [markdown]
-# **Figure 5.** What `patchify` does to a test image: it is cut into patches (right),
-# which become a sequence row by row (below, rows 3 and 4, tokens 24 to 39).
+# **Figure 5.** What `patchify` does to a test image (left): it is cut into patches
+# (right), which become a sequence row by row (below, rows 3 and 4, tokens 24 to 39).
 # <!-- alt: A photograph of a ship of 32 by 32 pixels, the same cut into eight by eight
 # squares with gaps between them, and sixteen of the squares side by side. -->
 
@@ -563,8 +559,8 @@ def train_run(settings, cache_dir, device, folder=None, dataset=CIFAR10):
 # in `runs/exercise`.
 
 # %% tags=["active-ipynb"]
-# settings = {"dataset": CIFAR10.__name__, "batch_size": BATCH_SIZE, "lr": LR}
-# settings |= {"n_epochs": N_EPOCHS, "seed": SEED}
+# settings = dict(dataset=CIFAR10.__name__, batch_size=BATCH_SIZE, lr=LR)
+# settings.update(n_epochs=N_EPOCHS, seed=SEED)
 # model, history = train_run(settings, DATASET_CACHE_DIR, device, RUN, CIFAR10)
 # print(records.summary(history, RUN))
 # print(records.table_of_epochs(history))
@@ -705,7 +701,8 @@ def train_run(settings, cache_dir, device, folder=None, dataset=CIFAR10):
 # **Figure 10.** Cosine similarity of the positional embedding of each patch (one small
 # map each, in the order of the image) with those of all patches (after Dosovitskiy et
 # al., 2021, Fig. 7, centre): of the trained embeddings (left), and of what training
-# changed in them (right). The similarity with itself, 1, is beyond the scale.
+# changed in them (right), each with a scale of its own. The similarity with itself, 1,
+# is beyond the scale.
 # <!-- alt: Two grids of eight by eight small maps. On the left all look like noise
 # around zero, with few bright points. On the right each is bright, alike, around the
 # place of its patch, and dark, opposite, in other parts of the image. -->
@@ -723,8 +720,8 @@ def train_run(settings, cache_dir, device, folder=None, dataset=CIFAR10):
 # test images (after Dosovitskiy et al., 2021, Fig. 7, right): of the trained model
 # (blue, their mean in orange) and before training (grey). Dotted: the distance of a
 # head that attends to all patches alike. Attention to the class token is left out, and
-# so is the last block: the head of the model reads only its class token, so nothing
-# trains where its patches look.
+# so is the last block: the head of the model reads only its class token, so the logits
+# do not depend on where its patches look.
 # <!-- alt: Eight blue and eight grey dots for each of the first five encoder blocks,
 # all near the dotted line of even attention. The blue ones scatter a little more than
 # the grey ones, most in the first block, where a few heads lie above the line. -->
@@ -738,11 +735,11 @@ def train_run(settings, cache_dir, device, folder=None, dataset=CIFAR10):
 # figures.plot_rollout(model, predictions);
 
 # %% [markdown]
-# **Figure 12.** The first test image of each class but the last two, and attention
-# rollout as in [Abnar and Zuidema, 2020](https://arxiv.org/abs/2005.00928): the weights
-# of all blocks, as means over heads and with the residual connections, multiplied
-# through all blocks, from the class token to each patch, relative to the largest of
-# its map.
+# **Figure 12.** The first test image of each class but ship and truck, for lack of
+# room, and attention rollout as in [Abnar and Zuidema,
+# 2020](https://arxiv.org/abs/2005.00928): the weights of all blocks, as means over
+# heads and with the residual connections, multiplied through all blocks, from the class
+# token to each patch, relative to the largest of its map.
 # <!-- alt: Eight images in a row, and under each a heat map of eight by eight patches
 # with a colour scale. Its bright patches lie on the object in some images, and are
 # scattered in others. -->

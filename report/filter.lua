@@ -106,7 +106,8 @@ end
 
 local function Header(header)
   local text, name = typst({ pandoc.Plain(header.content) }), label(header.identifier)
-  return block("#heading(level: %d)[%s] %s", header.level, text, name)
+  local flush = header.level == 1 and "#place.flush()\n" or ""  -- no float in the next
+  return block("%s#heading(level: %d)[%s] %s", flush, header.level, text, name)
 end
 
 -- A sentence stays with the equation, code or output that it announces

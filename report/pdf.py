@@ -136,7 +136,7 @@ def _place(stem):
 
 
 def _raw(parts, lang="python"):
-    text = breakable("\n\n".join(map(str.strip, parts)))
+    text = breakable("\n\n# %%\n".join(map(str.strip, parts)))
     text = json.dumps(text, ensure_ascii=False)
     return f'#raw(block: true, lang: "{lang}", {text})'
 

@@ -60,13 +60,13 @@ def result(history):
     """Return the sentences that stand first: what was reached, and how sure that is."""
     recipe, evaluated = history["val_accs"], history["val_accs_eval"]
     first = first_epoch_at(recipe, 0.7)
-    reached = f"70% was reached in epoch {first}." if first else "70% was not reached."
+    reached = f"first reached in epoch {first}" if first else "not reached"
     error = 100 * math.sqrt(recipe[-1] * (1 - recipe[-1]) / 10_000)
     return (
         f"After {len(recipe)} epochs the model classifies {recipe[-1]:.2%} of the test "
         f"images correctly by the recipe, which validates with dropout active, and "
-        f"{evaluated[-1]:.2%} with model.eval(). {reached} The means of the last ten "
-        f"epochs are {statistics.mean(recipe[-10:]):.1%} and "
+        f"{evaluated[-1]:.2%} with model.eval(). By the recipe, 70% was {reached}. The "
+        f"means of the last ten epochs are {statistics.mean(recipe[-10:]):.1%} and "
         f"{statistics.mean(evaluated[-10:]):.1%}. Each accuracy has a standard error "
         f"of {error:.1f} points, from 10,000 images; the run has one seed."
     ).replace("%", "\u00a0%")

@@ -320,7 +320,7 @@ def plot_predictions(predictions):
     pixels, labels, logits, classes = predictions
     # In double precision, since many round to 100 % in single
     confidence, predicted = logits.double().softmax(dim=-1).max(dim=-1)
-    percent = (1000 * confidence).floor() / 10  # none is rounded up to 100
+    percent = (10_000 * confidence).floor() / 100  # none is rounded up to 100
     right = predicted == labels
     order = confidence.argsort(descending=True)
     columns = 6
@@ -336,7 +336,7 @@ def plot_predictions(predictions):
         for ax, index in zip(axes_row, chosen.tolist(), strict=False):
             ax.imshow(pixels[index])
             ax.set_title(
-                f"{classes[predicted[index]]}\n{percent[index]:.1f} %",
+                f"{classes[predicted[index]]}\n{percent[index]:.2f} %",
                 size="medium",
                 color="black" if right[index] else ORANGE,
             )
