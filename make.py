@@ -196,6 +196,8 @@ def run_inside(name):
 
             run_course(os.environ.get("NOTEBOOK"), os.environ.get("EPOCHS"))
             return 0
+        if name in ("train", "verify"):
+            return train_or_verify(name)
         if name not in MAKERS:
             return run_program(name)
 
@@ -213,13 +215,20 @@ def run_inside(name):
     return 0
 
 
-def run_program(name):
-    """Run a command that is another program of the environment; return its code."""
+def train_or_verify(name):
+    """Run train.py with the options of a command; return its exit code."""
+    import train
+
     options = [
         f"--{option.lower().replace('_', '-')}={os.environ[option]}"
         for option, (commands, _) in OPTIONS.items()
         if name in (commands or ()) and os.environ.get(option)
     ]
+    return train.main(["--verify"] * (name == "verify") + options)
+
+
+def run_program(name):
+    """Run a command that is another program of the environment; return its code."""
     programs = {
         "lab": [["-m", "jupyterlab", "attention.ipynb"]],
         "test": [
@@ -227,8 +236,6 @@ def run_program(name):
             ["-m", "ruff", "format", "--check", "."],
             ["-m", "pytest"],
         ],
-        "train": [["train.py", *options]],
-        "verify": [["train.py", "--verify", *options]],
         "faults": [["-m", "pytest", "--quiet", "-m", "fault"]],
         "bench": [[str(Path("bench", "speed.py"))]],
     }

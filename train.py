@@ -126,7 +126,9 @@ def main(arguments=None):
     except records.UserError as error:
         print(f"error: {error}")
         return 1
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupted:
+        if not interrupted.args:  # nothing is said yet, nor trained
+            print("Interrupted: type the same again.")
         return 130
 
 

@@ -269,7 +269,7 @@ class Run:
                     yield
             except KeyboardInterrupt:
                 say(f"Interrupted: {self._saved()}.")
-                raise
+                raise KeyboardInterrupt(self._saved()) from None
             except RuntimeError as error:
                 if not re.search(EXHAUSTED, str(error)):
                     raise

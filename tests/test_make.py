@@ -25,6 +25,7 @@ from conftest import (
 from test_report import shown, text_of
 
 import make
+import train
 from report import build, bundle
 from support import dataset, records
 from support.records import UserError
@@ -208,6 +209,7 @@ def test_every_command_brings_an_edit_into_the_script_first(command, monkeypatch
 
     monkeypatch.setattr(make, "set_up", lambda *_: None)
     monkeypatch.setattr(make, "run", look)
+    monkeypatch.setattr(train, "main", look)
     monkeypatch.setattr(build, "report", look)
     monkeypatch.setattr(build, "demo", look)
     monkeypatch.setattr(bundle, "make_zip", look)
@@ -254,10 +256,18 @@ def test_no_variable_leads_python_elsewhere(folder):
     assert (done.returncode, done.stderr) == (1, "")
 
 
-def test_a_file_named_as_a_module_of_python_stops_no_report(folder):
+@pytest.mark.parametrize("name", ["report", "verify"])
+def test_a_file_named_as_a_module_of_python_stops_no_command(folder, name):
     (folder / "tokenize.py").touch()  # which torch would import
-    done = run_make("report", "RUN=nowhere", folder=folder)
-    assert "there is no finished run in nowhere" in done.stderr
+    done = run_make(name, "RUN=nowhere", folder=folder)
+    assert "there is no finished run in nowhere" in done.stdout + done.stderr
+
+
+def test_an_interruption_before_training_begins_is_one_sentence(folder):
+    (folder / "train.py").write_text("raise KeyboardInterrupt")
+    done = run_make("train", folder=folder)
+    assert done.returncode == 130
+    assert done.stderr.strip() == "Interrupted: type the same again."
 
 
 def test_the_readme_shows_what_the_records_say():
