@@ -34,7 +34,7 @@ def test_the_skeleton_s_order_is_kept():
     cells = notebooks.read_script(ROOT / "vision_transformer.py").cells
     text = "\n\n".join(cell.source for cell in cells)
     order = (
-        "# Task 2; ## Imports and device; class ResidualModule; "
+        "# Task 2; class ResidualModule; "
         "class FeedForwardBlock; class SelfAttentionTransformerBlock; "
         "class VisionTransformer; run_unit_tests(; N_EPOCHS = 50; "
         "def train(; figures.plot_training(; "
