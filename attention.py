@@ -246,9 +246,9 @@ if __name__ == "__main__":
 # figures.plot_attention_maps(queries=[(4, 4), (12, 9)], heads=[0, 1, 2]);
 
 # %% [markdown]
-# **Figure 2.** Where two tokens look. Left: the input, with the querying token marked
-# by a cross (top: in the disc, bottom: in the bar). Right: the attention weights that
-# three of the eight heads give to all 256 tokens of the grid.
+# **Figure 2.** Where two tokens look. Left: the regions of the input, with the querying
+# token marked by a cross (top: in the disc, bottom: in the bar). Right: the attention
+# weights that three of the eight heads give to all 256 tokens of the grid.
 # <!-- alt: Two rows of heat maps over a 16 by 16 grid. The token in the disc gives
 # nearly all of its weight to the tokens of the disc, the token in the bar to those of
 # the bar; the three heads agree on the region and differ in how evenly they spread
@@ -275,7 +275,7 @@ if __name__ == "__main__":
 # %% [markdown]
 # **Figure 3.** Cost of `SelfAttention2d` with its defaults ($D = 256$) on one grid of
 # $L$ tokens. Left: counted operations of the projections and of the products $QK^T$ and
-# $AV$, which are as many at $L = 2D$ (dotted). Centre: memory kept for the
+# $AV$, which are equal in number at $L = 2D$ (dotted). Centre: memory kept for the
 # backward pass. Right: time of a forward pass on one core of the machine that made this
 # figure.
 # <!-- alt: Three log-log plots against the number of tokens. On the left, the line of

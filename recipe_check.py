@@ -1,4 +1,4 @@
-"""Check that our training computes the provided recipe: a minute, no data set.
+"""Check that our training computes the provided recipe: a minute or two, no data.
 
 A plain loop of the recipe and ``vision_transformer.train`` train the same model on
 generated images. Losses, accuracies and weights must be equal, bit for bit.

@@ -63,7 +63,7 @@ class Report:
             for tex in TEX.findall(text):
                 self.notes.append(f"{_place(stem)}: the formula {json.loads(tex)!r}")
         self.notes += [note for task in tasks for note in task.notes]
-        what = "the cells left out above"
+        what = "the cells left out above, each behind # %%"
         code = [(f"{t.name}.ipynb: {what}", t.left_out) for t in tasks if t.left_out]
         code += [(name, [(ROOT / name).read_text("utf-8")]) for name in listings]
         parts = [f'#heading(level: 2, "{n}")\n{_raw(text)}\n' for n, text in code]

@@ -102,30 +102,6 @@ def fastest_pass(layer, x):
     return min(times)
 
 
-def architecture(model):
-    """Return the stages of a model as pairs of texts: what it does, and its shape."""
-    p, size, channels = model.patch_size, model.image_size, model.in_channels
-    side, patches, dim = size // p, model.num_patches, model.head.in_features
-    heads = model.blocks[0].attention.inner_module[1].num_heads
-    mlp = model.blocks[0].feed_forward.inner_module[1].layers[0].out_features
-    return [
-        ("image", f"(B, {channels}, {size}, {size})"),
-        (
-            f"{side} x {side} patches of {p} x {p} pixels,\nrow by row",
-            f"(B, {patches}, {p * p * channels})",
-        ),
-        ("linear projection + positions", f"(B, {patches}, {dim})"),
-        ("class token in front", f"(B, {1 + patches}, {dim})"),
-        (
-            f"{len(model.blocks)} encoder blocks, each self-attention\n"
-            f"({heads} heads) and MLP ({mlp} hidden features)",
-            f"(B, {1 + patches}, {dim})",
-        ),
-        ("layer norm of the class token", f"(B, {dim})"),
-        ("linear head: logits", f"(B, {model.head.out_features})"),
-    ]
-
-
 def print_costs(model):
     """Print the parameters of a model and of some parts, and what operations they cost.
 

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from einops import rearrange
 from IPython.display import Markdown
-from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 from attention import SelfAttention2d
 from support import analysis
@@ -144,51 +143,7 @@ def plot_cost(sides):
     return figure
 
 
-# --- Task 2: the model ------------------------------------------------
-
-
-def plot_architecture(model):
-    """Draw the stages of a model with the tensor shapes, and one block in detail."""
-    figure, ax = _panels(3.7, 1, 1)
-    ax.set(xlim=(0, 10.6), ylim=(0, 7.1))
-    ax.axis("off")
-
-    def box(x, y, width, text, color="white", height=0.66):
-        style = "round,pad=0.02,rounding_size=0.08"
-        ax.add_patch(
-            FancyBboxPatch((x, y), width, height, boxstyle=style, fc=color, ec="0.2")
-        )
-        ax.text(x + width / 2, y + height / 2, text, ha="center", va="center")
-
-    def arrow(start, end):
-        ax.add_patch(FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=9))
-
-    for number, (text, shape) in enumerate(analysis.architecture(model)):
-        y = 6.35 - number
-        box(0.1, y, 4.6, text, "#DCEBF7" if "encoder" in text else "white")
-        ax.text(4.85, y + 0.33, shape, va="center", family="monospace")
-        if number:
-            arrow((2.4, y + 1), (2.4, y + 0.68))
-
-    ax.text(8.9, 6.6, "one encoder block", ha="center", weight="bold")
-    parts = {5.4: "layer norm", 4.4: "self-attention", 3.5: "+"}
-    parts |= {2.5: "layer norm", 1.5: "MLP", 0.6: "+"}
-    circle = {"boxstyle": "circle,pad=0.15", "fc": "white", "ec": "0.2"}
-    top = 6.45
-    for y, part in parts.items():
-        if part == "+":
-            ax.text(8.9, y + 0.2, "+", ha="center", va="center", bbox=circle)
-            arrow((8.9, top), (8.9, y + 0.42))
-        else:
-            color = "white" if part == "layer norm" else "#DCEBF7"
-            box(7.8, y, 2.2, part, color, 0.56)
-            arrow((8.9, top), (8.9, y + 0.58))
-        top = y - 0.02
-    arrow((8.9, top), (8.9, 0.1))
-    for top, bottom in ((6.2, 3.7), (3.3, 0.8)):  # the residual connections
-        ax.plot([8.9, 10.4, 10.4], [top, top, bottom], color="black", linewidth=1)
-        arrow((10.4, bottom), (9.12, bottom))
-    return figure
+# --- Task 2: the patches ----------------------------------------------
 
 
 def plot_patches(dataset, cache_dir, patch_size):
@@ -244,12 +199,13 @@ def plot_training(history):
     mean = np.reshape(losses, (n_epochs, window)).mean(axis=1)
     middles = ends - window / 2
     left.plot(middles, mean, ".-", color=BLUE, label="mean of an epoch")
-    left.plot(ends, history["val_losses_eval"], ".--", color=YELLOW, label="validation")
+    validation = "validation, eval()"
+    left.plot(ends, history["val_losses_eval"], ".--", color=YELLOW, label=validation)
     left.set(xlabel="training step", ylabel="cross-entropy / nats", ylim=(0, None))
 
     epochs, accuracies = range(1, n_epochs + 1), history["val_accs"]
     for key, label, style, color in (
-        ("val_accs_eval", "model.eval()", "s--", YELLOW),
+        ("val_accs_eval", "eval()", "s--", YELLOW),
         ("val_accs", "recipe", "o-", BLUE),
     ):
         percent = [100 * accuracy for accuracy in history[key]]
@@ -480,5 +436,5 @@ def plot_rollout(model, predictions):
         drawn = bottom.imshow(relative, cmap="inferno", vmin=0, vmax=1)
     axes[0, 0].set_ylabel("image")
     axes[1, 0].set_ylabel("rollout")
-    figure.colorbar(drawn, ax=axes[1], label="relative weight", aspect=8)
+    figure.colorbar(drawn, ax=axes[1], label="weight", aspect=8)
     return figure

@@ -39,7 +39,6 @@ FIGURES = {  # every one, and arguments to try it with
     "plot_scaling": ([4, 16],),
     "plot_attention_maps": ([(1, 1)], [0, 1]),
     "plot_cost": ([4, 8],),
-    "plot_architecture": (MODEL,),
     "plot_patches": (demo_data.DemoCIFAR10, "data", 4),
     "plot_training": (HISTORY,),
     "plot_confusion": (PREDICTIONS,),
@@ -90,19 +89,6 @@ def test_plots_have_captions_with_alternatives_and_the_text_names_them():
                 named |= {number for pair in pairs for number in pair if number}
     assert named == numbers
     assert len(numbers) == len(FIGURES)
-
-
-def test_the_stages_have_the_shapes_of_the_model():
-    model = small_model(patch_size=8, layers=3, hidden_size=24, mlp_size=40)
-    shapes = [(1, 3, 32, 32)]
-    for layer in (model.patch_embedding, model.blocks[-1], model.head):
-        layer.register_forward_hook(
-            lambda _, given, result: shapes.extend([given[0].shape, result.shape])
-        )
-    model(torch.zeros(shapes[0]))
-    stages = " ".join(shape for _, shape in analysis.architecture(model))
-    said = re.findall(r"\(B, ([\d, ]+)\)", stages)
-    assert said == [", ".join(map(str, shape[1:])) for shape in shapes]
 
 
 def test_costs_are_those_of_the_formulas(capsys):

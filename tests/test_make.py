@@ -348,7 +348,7 @@ def test_the_demo_works_and_touches_nothing_tracked(project):
     folder = Path("build", "demo")
     first, *others = text_of(folder / "DEMO-Meier-1234567.pdf")
     assert "DEMO DATA" in first
-    assert "Figure 6. " in "".join(others)
+    assert "Figure 5. " in "".join(others)
     assert "The run above" not in "".join(others), "no caption without its picture"
     history = records.read_history(folder / "run")
     assert history["val_accs"][-1] > 0.5, "it visibly learns"
