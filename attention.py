@@ -230,8 +230,8 @@ if __name__ == "__main__":
 # %% [markdown]
 # With the division, how far the logits scatter does not depend on the size of a head.
 # Without it, large heads attend to hardly more than one token before anything is
-# learned. The variance of a real layer depends on its initial weights, and a trained
-# head can grow its logits.
+# learned. The variance of the logits of a real layer depends on its initial weights,
+# and a trained head can grow its logits.
 
 # %% [markdown]
 # ### What the heads look at
@@ -255,9 +255,10 @@ if __name__ == "__main__":
 # the weight inside it. -->
 
 # %% [markdown]
-# Each token finds the other tokens of its region, wherever they are: without positional
-# embeddings, attention compares content and does not know distance. The heads differ
-# because each compares the tokens in another 32-dimensional projection.
+# Both tokens find the other tokens of their region, near or far, in all three heads:
+# without positional embeddings, attention compares content and does not know distance.
+# The heads differ because each compares the tokens in another 32-dimensional
+# projection.
 
 # %% [markdown]
 # ### What it costs

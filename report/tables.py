@@ -95,7 +95,7 @@ def origin(submission, notebooks):
     elif is_present(CIFAR10, "data"):
         data = f"CIFAR-10, all files intact; MD5 of the archive: {ARCHIVE_MD5}"
     run = (
-        f"{describe(history)}: {finished(history)}, {history['machine']}, torch "
-        f"{history['versions']['torch']}"
+        f"{describe(history)}: finished on {finished(history)}, {history['machine']}, "
+        f"torch {history['versions']['torch']}"
     )
     return [*rows, ["training", run], ["data set", data]]

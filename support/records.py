@@ -348,8 +348,7 @@ def summary(history, folder):
     for mark in (0.25, 0.5, 0.7):
         epoch, reached = first_epoch_at(by_recipe, mark), "not reached"
         if epoch:
-            after = f"{hours(history) * epoch / len(by_recipe):.2f} h"
-            reached = f"{by_recipe[epoch - 1]:.4f} in epoch {epoch}, after {after}"
+            reached = f"{by_recipe[epoch - 1]:.4f} in epoch {epoch}"
         lines.append(f"{mark:.0%} by the recipe's measure: {reached}")
     return "\n".join(lines)
 
