@@ -234,7 +234,7 @@ def run_program(name):
         "test": [
             ["-m", "ruff", "check", "."],
             ["-m", "ruff", "format", "--check", "."],
-            ["-m", "pytest", "-n=auto", "--maxprocesses=4", "--dist=worksteal"],
+            ["-m", "pytest"],
         ],
         "faults": [["-m", "pytest", "--quiet", "-m", "fault"]],
         "bench": [[str(Path("bench", "speed.py"))]],

@@ -19,8 +19,7 @@ from report.pdf import make_pdf
 from report.student import check_student
 
 ROOT = Path(__file__).resolve().parent.parent
-torch.set_num_threads(1)  # since tests run side by side,
-os.environ["OMP_NUM_THREADS"] = "1"  # and so in what they start
+torch.set_num_threads(2)
 
 
 def run_script(name, *arguments, folder=ROOT, timeout=120, **environment):
