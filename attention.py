@@ -123,10 +123,10 @@ class SelfAttention2d(nn.Module):
 # %% [markdown]
 # ## Unit tests
 #
-# The two tests below check what the course's own tests check: the weights of the layer
-# are copied into `nn.MultiheadAttention`, which must return the same tokens on the same
-# kind of input (4 x 256 x 24 x 24), within `rtol=1e-2` and `atol=1e-5`. They are our
-# own code, since the originals are not part of this hand-in.
+# The two tests below repeat the course's own tests in code written anew, since the
+# originals are not part of this hand-in: the weights of the layer are copied into
+# `nn.MultiheadAttention`, which must return the same tokens for random grids of 4 x 256
+# x 24 x 24, within `rtol=1e-2` and `atol=1e-5`.
 
 
 # %%
@@ -220,7 +220,7 @@ if __name__ == "__main__":
 
 # %% [markdown]
 # **Figure 1.** Random queries and 64 random keys with and without the division by
-# $\sqrt{d_k}$: standard deviation of the logits (left) and mean entropy of the
+# $\sqrt{d_k}$: standard deviation $\sigma$ of the logits (left) and mean entropy of the
 # attention weights of a query (right) against the size of a head.
 # <!-- alt: Two plots against the size of a head from 4 to 1024. With the division the
 # deviation of the logits stays at one and the entropy just below that of even
@@ -228,9 +228,9 @@ if __name__ == "__main__":
 # falls to nearly zero. -->
 
 # %% [markdown]
-# With the division, how far the logits scatter does not depend on the size of a head.
-# Without it, large heads attend to hardly more than one token before anything is
-# learned. The variance of the logits of a real layer depends on its initial weights,
+# With the division, the standard deviation of the logits does not depend on the size of
+# a head. Without it, large heads attend to hardly more than one token before anything
+# is learned. The variance of the logits of a real layer depends on its initial weights,
 # and a trained head can grow its logits.
 
 # %% [markdown]

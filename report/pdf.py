@@ -13,7 +13,7 @@ import typst
 from report.cells import Cells, breakable, missing
 from report.notebooks import read_notebook
 from report.sync import LIBRARIES, provenance
-from report.tables import origin, points, result
+from report.tables import origin, points, printed, result
 from support.records import UserError, write_whole
 
 HERE = Path(__file__).parent
@@ -152,6 +152,7 @@ def _facts(submission, notebooks):
     """Return what the template shows besides the notebooks."""
     who = submission.student
     days = [provenance(book).get("executed") for book in notebooks]
+    shown = printed(notebooks)
     latest = max(filter(None, days), default=submission.history["date"])[:10]
     return {
         "surname": who.surname,
@@ -161,7 +162,7 @@ def _facts(submission, notebooks):
         "demo": submission.demo,
         "date": [int(part) for part in latest.split("-")],
         "provenance": origin(submission, notebooks),
-        "points": points(notebooks, submission.history),
-        "result": result(submission.history),
+        "points": points(shown, submission.history),
+        "result": result(shown, submission.history),
         "no_font": "",
     }

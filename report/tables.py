@@ -30,15 +30,22 @@ POINTS = (
 )
 
 
-def points(notebooks, history):
+def printed(notebooks):
+    """Return what the cells printed, and the Markdown that they showed."""
+    cells = [cell for notebook in notebooks for cell in notebook.cells]
+    outputs = [output for cell in cells for output in cell.get("outputs", [])]
+    return "\n".join(
+        output.get("text") or output.get("data", {}).get("text/markdown", "")
+        for output in outputs
+    )
+
+
+def points(printed, history):
     """Return the rows of the table of points, the evidence read from what was run.
 
     Each is a dict with ``what``, ``points``, ``code`` (of which definitions), ``proof``
     (from a test to what it printed, or the printed accuracy) and ``evidence``.
     """
-    cells = [cell for notebook in notebooks for cell in notebook.cells]
-    outputs = [output for cell in cells for output in cell.get("outputs", [])]
-    printed = "\n".join(output.get("text", "") for output in outputs)
     passed = dict(re.findall(r"^passed  ([\w ]+): (.*)$", printed, re.MULTILINE))
     accuracies, rows = history["val_accs"], []
     for what, number, code, proof in POINTS:
@@ -56,8 +63,13 @@ def points(notebooks, history):
     return rows
 
 
-def result(history):
+def result(printed, history):
     """Return the sentences that stand first: what was reached, and how sure that is."""
+    scatter = re.search(r"^\| standard deviation \| ([\d.]+)", printed, re.MULTILINE)
+    seeds = scatter and (
+        "; between seeds, shorter runs of the model have a standard deviation of "
+        f"{scatter[1]} points by the recipe"
+    )
     recipe, evaluated = history["val_accs"], history["val_accs_eval"]
     first = first_epoch_at(recipe, 0.7)
     reached = f"first reached in epoch {first}" if first else "not reached"
@@ -66,9 +78,10 @@ def result(history):
         f"After {len(recipe)} epochs the model classifies {recipe[-1]:.2%} of the test "
         f"images correctly by the recipe, which validates with dropout active, and "
         f"{evaluated[-1]:.2%} with model.eval(). By the recipe, 70% was {reached}. The "
-        f"means of the last ten epochs are {statistics.mean(recipe[-10:]):.1%} and "
-        f"{statistics.mean(evaluated[-10:]):.1%}. Each accuracy has a standard error "
-        f"of {error:.1f} points, from 10,000 images; the run has one seed."
+        f"means of the last ten epochs are {statistics.mean(recipe[-10:]):.1%} by the "
+        f"recipe and {statistics.mean(evaluated[-10:]):.1%} with model.eval(). Each "
+        f"accuracy has a standard error of {error:.1f} points, from 10,000 images. "
+        f"The run has one seed{seeds or ''}."
     ).replace("%", "\u00a0%")
 
 

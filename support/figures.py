@@ -56,7 +56,7 @@ def _panels(height, rows=1, columns=2, **options):
 def plot_scaling(head_dims, num_tokens=64):
     """Plot ``measure_scaling``."""
     measured = analysis.measure_scaling(head_dims, num_tokens)
-    figure, axes = _panels(2.4)
+    figure, axes = _panels(2.1)
     curves = [
         (True, r"divided by $\sqrt{d_k}$", "o-", BLUE),
         (False, "not divided", "s--", ORANGE),
@@ -66,17 +66,17 @@ def plot_scaling(head_dims, num_tokens=64):
             ax.plot(head_dims, values, style, color=color, label=label)
     law = [math.sqrt(head_dim) for head_dim in head_dims]
     axes[0].plot(head_dims, law, ":", color=GREY, label=r"law $\sqrt{d_k}$")
-    axes[0].set(yscale="log", ylabel="standard deviation of the logits")
+    axes[0].set(yscale="log", ylabel=r"$\sigma$ of the logits")
     even = math.log(num_tokens)
     axes[1].axhline(even, linestyle=":", color=GREY, label=r"even, $\ln L$")
-    axes[1].set(ylabel="entropy of a row / nats", ylim=(0, 1.15 * even))
+    axes[1].set(ylabel="entropy / nats", ylim=(0, 1.15 * even))
     for ax in axes:
         ax.set(xscale="log", xlabel="size of a head $d_k$")
         ax.set_xticks(head_dims, [str(head_dim) for head_dim in head_dims])
         ax.minorticks_off()
         ax.grid(alpha=0.3)
-    axes[0].legend(loc="upper left")
-    axes[1].legend(loc="upper right", bbox_to_anchor=(1, 0.74))  # between the curves
+    axes[0].legend(loc="lower right", bbox_to_anchor=(1, 0.06))  # between the curves
+    axes[1].legend(loc="upper right", bbox_to_anchor=(1, 0.74))
     return figure
 
 
@@ -235,7 +235,7 @@ def plot_confusion(predictions):
     matrix = analysis.confusion(predictions.logits, predictions.labels).double()
     percent = (100 * matrix / matrix.sum(dim=1, keepdim=True)).numpy()
     classes = predictions.classes
-    figure, ax = _panels(2.8, 1, 1)
+    figure, ax = _panels(3.0, 1, 1)
     drawn = ax.imshow(percent, cmap="Blues", vmin=0, vmax=100, aspect="auto")
     for i, row in enumerate(percent):
         for j, value in enumerate(row):
@@ -254,7 +254,7 @@ def plot_calibration(predictions):
     labels = predictions.labels
     mean, accuracy, share, error = analysis.calibration(predictions.logits, labels)
     enough = share * len(labels) >= 10  # of fewer images, a share right means nothing
-    figure, axes = _panels(1.9)
+    figure, axes = _panels(2.0)
     axes[0].plot([0, 100], [0, 100], ":", color=GREY, label="perfectly calibrated")
     percent = 100 * mean[enough], 100 * accuracy[enough]
     axes[0].plot(*percent, "o-", color=BLUE, label="model")
@@ -321,9 +321,9 @@ def _table(header, rows):
     return Markdown("\n".join(f"| {' | '.join(map(str, line))} |" for line in lines))
 
 
-def _trials(*groups):
+def _trials(group):
     with TRIALS_TABLE.open(encoding="utf-8", newline="") as file:
-        return [row for row in csv.DictReader(file) if row["group"] in groups]
+        return [row for row in csv.DictReader(file) if row["group"] == group]
 
 
 def _of(statistic, rows, name, digits=2):
@@ -331,18 +331,18 @@ def _of(statistic, rows, name, digits=2):
 
 
 def show_trials():
-    """Show finals and ablations, the best first; those of several seeds by the mean."""
+    """Show the ablations, the best first; those of several seeds by the mean."""
     same = collections.defaultdict(list)
-    for row in _trials("final", "ablation"):
-        same[row["group"], row["name"]].append(row)
+    for row in _trials("ablation"):
+        same[row["name"]].append(row)
     rows = []
-    for (_, name), runs in same.items():
+    for name, runs in same.items():
         values = [_of(statistics.mean, runs, key) for key in ("recipe", "eval")]
         values.append(_of(statistics.mean, runs, "loss", 3))
         shown = f"**{name}**" if name == "zero branches, MLP dropout" else name
-        rows.append([shown, runs[0]["epochs"], len(runs), *values])
-    header = ["model", "epochs", "seeds", "recipe / %", "`eval()` / %", "loss / nats"]
-    return _table(header, sorted(rows, key=lambda row: (-int(row[1]), -float(row[3]))))
+        rows.append([shown, len(runs), *values])
+    header = ["model", "seeds", "recipe / %", "`eval()` / %", "loss / nats"]
+    return _table(header, sorted(rows, key=lambda row: -float(row[2])))
 
 
 def show_seeds():
@@ -377,7 +377,7 @@ def plot_position_similarity(model, history):
         f"trained (cosine with initial: {likeness:.4f})": trained,
         "changed by training": trained - initial,
     }
-    figure, axes = _panels(3.6)
+    figure, axes = _panels(3.4)
     for ax, (title, position) in zip(axes, shown.items(), strict=True):
         similarity = torch.cosine_similarity(position[:, None], position[None], dim=-1)
         limit = (similarity - torch.diag(similarity.diag())).abs().max().item()

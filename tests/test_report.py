@@ -89,7 +89,7 @@ def test_the_first_page_says_who_and_on_which_pages_the_points_are(report_pdf):
 
 
 def test_points_that_were_not_reached_are_said():
-    rows = tables.points([], {"val_accs": [0.4, 0.6, 0.55]})
+    rows = tables.points("", {"val_accs": [0.4, 0.6, 0.55]})
     evidence = [row["evidence"] for row in rows]
     assert evidence[0] == "multi head: not run"
     assert evidence[-2] == "epoch 2: 60.0 %; epoch 3, the last: 55.0 %"
