@@ -71,9 +71,10 @@ def environment_folder():
 
 
 def own_variables():
-    """Return the environment variables without those that lead Python elsewhere."""
+    """Return the environment variables of children: none leads Python elsewhere."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
-    return {**kept, "PYTHONUTF8": "1"}
+    # On Linux, memory in large pages: a step on a CPU, bit-identical, takes less time
+    return {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", **kept, "PYTHONUTF8": "1"}
 
 
 def ensure_environment():

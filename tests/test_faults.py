@@ -1,6 +1,8 @@
 """What goes wrong on the night before the deadline.
 
-Each test belongs to a row of the table of `make faults`, where alone slow ones run.
+Each test belongs to a row of the table of `make faults`. What starts several processes
+that train is slow, and runs there alone; `test_training` tries much of it within one
+process.
 """
 
 import copy
@@ -68,8 +70,9 @@ MORE = [("before moving", 3), ("step", 8), ("before moving", 3)]
 
 
 @posix
+@slow
 @fault("training killed (SIGKILL)")
-@pytest.mark.parametrize("moments", [SOME_MOMENTS, pytest.param(MORE, marks=slow)])
+@pytest.mark.parametrize("moments", [SOME_MOMENTS, MORE])
 def test_a_run_that_was_killed_ends_as_one_that_was_not(
     uninterrupted, tmp_path, moments, record_property
 ):
@@ -84,14 +87,15 @@ def test_a_run_that_was_killed_ends_as_one_that_was_not(
 
 
 @posix
+@slow
 @fault("Ctrl-C")
 @pytest.mark.parametrize(
     ("name", "seconds", "is_read"),
     [
         ("SIGINT", 0.0, False),  # `| tee`, which Ctrl-C ends as well
         ("SIGTERM", 0.0, True),  # a scheduler
-        pytest.param("SIGINT", 0.5, True, marks=slow),
-        pytest.param("SIGHUP", 0.0, True, marks=slow),  # a terminal that is closed
+        ("SIGINT", 0.5, True),
+        ("SIGHUP", 0.0, True),  # a terminal that is closed
     ],
 )
 def test_ctrl_c_and_the_like_say_how_to_go_on(workplace, name, seconds, is_read):

@@ -246,6 +246,8 @@ def test_lab_starts_as_a_module_or_says_why_it_cannot(command, monkeypatch):
         command("lab")
 
 
+@pytest.mark.slow
+@pytest.mark.fault("files and variables that mislead")
 def test_no_variable_leads_python_elsewhere(folder):
     (folder / "other").mkdir()
     (folder / "other" / "torch.py").write_text("raise SystemExit('not this one')")
@@ -256,6 +258,8 @@ def test_no_variable_leads_python_elsewhere(folder):
     assert (done.returncode, done.stderr) == (1, "")
 
 
+@pytest.mark.slow
+@pytest.mark.fault("files and variables that mislead")
 @pytest.mark.parametrize("name", ["report", "verify"])
 def test_a_file_named_as_a_module_of_python_stops_no_command(folder, name):
     (folder / "tokenize.py").touch()  # which torch would import
@@ -263,6 +267,8 @@ def test_a_file_named_as_a_module_of_python_stops_no_command(folder, name):
     assert "there is no finished run in nowhere" in done.stdout + done.stderr
 
 
+@pytest.mark.slow
+@pytest.mark.fault("Ctrl-C")
 def test_an_interruption_before_training_begins_is_one_sentence(folder):
     (folder / "train.py").write_text("raise KeyboardInterrupt")
     done = run_make("train", folder=folder)
