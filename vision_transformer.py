@@ -127,7 +127,7 @@ class FeedForwardBlock(nn.Module):
 
 # %% [markdown]
 # An encoder block (2 P) is two residual modules, called one after the other. Its
-# attention is the layer of Task 1, on a sequence instead of a grid.
+# attention is the layer of Task 1, on a sequence instead of a grid:
 
 
 # %%
@@ -390,10 +390,10 @@ if __name__ == "__main__":
 # %% [markdown]
 # ## Training (6 P)
 #
-# The four free parameters of the recipe, the seed, and the folder of the run that is
-# shown. In the notebook, a finished run is loaded from there; otherwise training
-# starts, or resumes. As a script, `vision_transformer.py` runs its tests only, and
-# `python train.py` trains.
+# In the notebook, a finished run is loaded from its folder; otherwise training starts,
+# or resumes. As a script, `vision_transformer.py` runs its tests only, and `python
+# train.py` trains. The four parameters that the recipe leaves free, the seed, and the
+# folder of the run that is shown:
 
 # %% tags=["parameters"]
 DATASET_CACHE_DIR = "./data"
