@@ -339,6 +339,7 @@ def test_a_failed_report_costs_no_outputs(project):
     assert shown().pdf.read_bytes() == pdf_before
 
 
+@pytest.mark.slow
 @pytest.mark.fault("project in another folder")
 def test_the_demo_works_and_touches_nothing_tracked(project):
     def files():
