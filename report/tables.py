@@ -33,11 +33,9 @@ POINTS = (
 def printed(notebooks):
     """Return what the cells printed, and the Markdown that they showed."""
     cells = [cell for notebook in notebooks for cell in notebook.cells]
-    outputs = [output for cell in cells for output in cell.get("outputs", [])]
-    return "\n".join(
-        output.get("text") or output.get("data", {}).get("text/markdown", "")
-        for output in outputs
-    )
+    found = [output for cell in cells for output in cell.get("outputs", [])]
+    shown = (o.get("text") or o.get("data", {}).get("text/markdown") for o in found)
+    return "\n".join(filter(None, shown))
 
 
 def points(printed, history):
@@ -66,10 +64,8 @@ def points(printed, history):
 def result(printed, history):
     """Return the sentences that stand first: what was reached, and how sure that is."""
     scatter = re.search(r"^\| standard deviation \| ([\d.]+)", printed, re.MULTILINE)
-    seeds = scatter and (
-        "; between seeds, shorter runs of the model have a standard deviation of "
-        f"{scatter[1]} points by the recipe"
-    )
+    seeds = "; over seeds, shorter runs have a standard deviation of {} points (recipe)"
+    seeds = seeds.format(scatter[1]) if scatter else ""
     recipe, evaluated = history["val_accs"], history["val_accs_eval"]
     first = first_epoch_at(recipe, 0.7)
     reached = f"first reached in epoch {first}" if first else "not reached"
@@ -81,7 +77,7 @@ def result(printed, history):
         f"means of the last ten epochs are {statistics.mean(recipe[-10:]):.1%} by the "
         f"recipe and {statistics.mean(evaluated[-10:]):.1%} with model.eval(). Each "
         f"accuracy has a standard error of {error:.1f} points, from 10,000 images. "
-        f"The run has one seed{seeds or ''}."
+        f"The run has one seed{seeds}."
     ).replace("%", "\u00a0%")
 
 

@@ -96,6 +96,13 @@ def test_points_that_were_not_reached_are_said():
     assert evidence[-1].startswith("never; ")
 
 
+def test_the_result_tells_how_seeds_scatter_where_the_notebook_shows_it():
+    history = {"val_accs": [0.7], "val_accs_eval": [0.7]}
+    row = "| standard deviation | 0.70 | 0.84 |"
+    assert "standard deviation of 0.70 points" in tables.result(row, history)
+    assert tables.result("", history).endswith("The run has one seed.")
+
+
 def test_drafts_are_marked_and_the_first_page_stays_one(project, monkeypatch):
     where = "Linux, a processor with a long name, 128 cores, Python 3.13.10, torch 2.15"
     rows = [[name, f"executed on 2026-11-23 14:48 UTC: {where}"] for name in "abcd"]
