@@ -766,10 +766,10 @@ def train_run(settings, cache_dir, device, folder=None, dataset=CIFAR10):
 # branches* begin with Xavier weights instead of zeros, *block dropout* adds dropout
 # after attention, and *paper dropout* also at the positions; these rows and one seed of
 # the model are the first halves of finals, which were run with other random numbers.
-# The other rows change what their name says; with patches of 8 x 8 pixels, the features
-# also begin with a larger variance, and *post-norm* has its norms behind the residual
-# connections ([Vaswani et al., 2017](https://arxiv.org/abs/1706.03762)), and no other
-# behind the last block.
+# The other rows change what their name says; without positions, the class token also
+# begins as zero, with patches of 8 x 8 pixels, the features begin with a larger
+# variance, and *post-norm* has its norms behind the residual connections ([Vaswani et
+# al., 2017](https://arxiv.org/abs/1706.03762)), and no other behind the last block.
 
 # %% [markdown]
 # In Table 2, a difference from the model has a standard error of about 1.2 points:
@@ -798,9 +798,9 @@ def train_run(settings, cache_dir, device, folder=None, dataset=CIFAR10):
 # - The accuracy of the last epoch is partly chance. In the recorded run, of one seed,
 #   it is 0.6 points below the best of all 50. A learning rate that falls to zero would
 #   probably help; it was not tried.
-# - In screens, the best of 12 other initialisations, all of them with another patch
-#   embedding, reached 51.4 %, and this model 44.6 % (48.5 % in an earlier screen with
-#   other random numbers). Longer runs would have to confirm a gain.
+# - In later screens, the best of 12 other initialisations, all with other weights of
+#   the patch embedding, reached 51.4 %, and this model 44.6 % (48.5 % in an earlier
+#   screen with other random numbers). Longer runs would have to confirm a gain.
 # - A Vision Transformer has to learn what a convolution is given: that neighbouring
 #   pixels belong together, and that an object may be anywhere. Pre-training makes up
 #   for it ([Dosovitskiy et al., 2021](https://arxiv.org/abs/2010.11929)). With 50,000
