@@ -15,6 +15,7 @@ from report.cells import captioned, is_caption, picture_in
 from report.pdf import make_pdf
 from report.student import Student
 from report.sync import SCRIPTS, bring_together
+from report.tables import printed
 from support.dataset import fetch
 from support.demo_data import DemoCIFAR10
 from support.records import PRESETS, UserError, checksum, describe, read_history
@@ -90,12 +91,8 @@ class Submission:
     def check(self):
         """Refuse a stored notebook that shows another run, or another record of it."""
         path = self.notebooks[1]
-        texts = [
-            output.get("text", "")
-            for cell in notebooks.read_notebook(path).cells
-            for output in cell.get("outputs", [])
-        ]
-        shown = re.findall(r"^run: (.+) \(record (\w+)\)$", "\n".join(texts), re.M)
+        text = printed([notebooks.read_notebook(path)])
+        shown = re.findall(r"^run: (.+) \(record (\w+)\)$", text, re.M)
         wanted = self.run.as_posix(), self.history["sha256"][:8]
         if shown != [wanted]:
             there = " and ".join(f"{run} ({record})" for run, record in shown)
