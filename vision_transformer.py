@@ -717,25 +717,7 @@ def train_run(settings, cache_dir, device, folder=None, dataset=CIFAR10):
 # %% [markdown]
 # In Fig. 7 (right) of Dosovitskiy et al., some heads of the lowest blocks attend mostly
 # to patches that are near. In Figure 10, every head keeps a mean distance close to that
-# of even attention, as before training. Figure 11 follows the weights of all blocks
-# back to the image.
-
-# %% tags=["active-ipynb", "appendix"]
-# figures.plot_rollout(model, predictions);
-
-# %% [markdown]
-# **Figure 11.** The first test image of eight of the ten classes, and attention rollout
-# as in [Abnar and Zuidema, 2020](https://arxiv.org/abs/2005.00928): the weights of all
-# blocks, as means over heads and with the residual connections, multiplied through all
-# blocks, from the class token to each patch, relative to the largest of its map.
-# <!-- alt: Eight images in a row, and under each a heat map of eight by eight patches
-# with a colour scale. Its bright patches lie on the object in some images, and are
-# scattered in others. -->
-
-# %% [markdown]
-# In Figure 11, rollout is bright on the object in some images only. It follows the
-# attention weights and not what the values carry. So it shows from where information
-# could reach the class token, and does not prove that it did.
+# of even attention, as before training.
 
 # %% [markdown]
 # ### Trials, seeds and ablations
@@ -766,8 +748,8 @@ def train_run(settings, cache_dir, device, folder=None, dataset=CIFAR10):
 # branches* begin with Xavier weights instead of zeros, *block dropout* adds dropout
 # after attention, and *paper dropout* also at the positions; these rows and one seed of
 # the model are the first halves of finals, which were run with other random numbers.
-# The other rows change what their name says; without positions, the class token also
-# begins as zero, with patches of 8 x 8 pixels, the features begin with a larger
+# The other rows change what their name says; without positions, the class token has
+# none either, with patches of 8 x 8 pixels, the features begin with a larger
 # variance, and *post-norm* has its norms behind the residual connections ([Vaswani et
 # al., 2017](https://arxiv.org/abs/1706.03762)), and no other behind the last block.
 

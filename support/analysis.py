@@ -227,17 +227,3 @@ def attention_distance(weights, patch_size):
     places = torch.stack([row, column], dim=-1).reshape(-1, 2).double() * patch_size
     distances = torch.cdist(places, places)
     return (among * distances).sum(dim=-1).mean(dim=-1)
-
-
-def rollout(weights):
-    """Return what the class token gets from each patch through all blocks, (B, L).
-
-    Abnar and Zuidema (2020): the mean of ``attention_weights`` over heads, mixed half
-    and half with the residual connection, multiplied up.
-    """
-    mixed = weights.mean(dim=2)
-    mixed = 0.5 * mixed + 0.5 * torch.eye(mixed.shape[-1], device=mixed.device)
-    flow = mixed[0]
-    for layer in mixed[1:]:
-        flow = layer @ flow
-    return flow[:, 0, 1:]

@@ -22,7 +22,6 @@ from support.records import TRIALS_TABLE, first_epoch_at
 from vision_transformer import VisionTransformer
 
 BLUE, ORANGE, SKY, YELLOW, GREY = "#0072B2", "#D55E00", "#56B4E9", "#E69F00", "0.45"
-NO_TICKS = {"subplot_kw": {"xticks": [], "yticks": []}}
 WIDTH = 6.4  # inches, of the text in the report
 plt.rcParams["font.size"] = 9  # as the captions of the report
 plt.rcParams["figure.dpi"] = 300  # of heat maps and photographs, without smoothing
@@ -285,7 +284,8 @@ def plot_predictions(predictions):
         "least confident": order.flip(0)[:columns],
         "confident, wrong": order[~right[order]][:columns],
     }
-    figure, axes = _panels(3.5, 3, columns, **NO_TICKS)
+    no_ticks = {"xticks": [], "yticks": []}
+    figure, axes = _panels(3.5, 3, columns, subplot_kw=no_ticks)
     figure.get_layout_engine().set(hspace=0.06)  # a row's labels apart from the next's
     for axes_row, (name, chosen) in zip(axes, rows.items(), strict=True):
         axes_row[0].set_ylabel(name)
@@ -415,26 +415,4 @@ def plot_attention_distance(model, predictions):
     ax.set(xticks=range(1, len(distances) + 1))
     ax.grid(alpha=0.3)
     ax.legend(ncols=2, loc="lower left")
-    return figure
-
-
-@needs_results
-def plot_rollout(model, predictions):
-    """Draw the first image of eight classes, each above its ``rollout``."""
-    labels = predictions.labels.tolist()
-    first = [labels.index(number) for number in range(8)]
-    images = predictions.pixels[first]
-    weights = analysis.attention_weights(model, analysis.normalised(images))
-    maps = analysis.rollout(weights).cpu()
-    side = round(maps.shape[-1] ** 0.5)
-    figure, axes = _panels(1.7, 2, len(images), **NO_TICKS)
-    columns = zip(images, maps, first, axes.T, strict=True)
-    for image, heat, number, (top, bottom) in columns:
-        top.imshow(image)
-        top.set_title(predictions.classes[labels[number]], size="medium")
-        relative = (heat / heat.max()).reshape(side, side).numpy()
-        drawn = bottom.imshow(relative, cmap="inferno", vmin=0, vmax=1)
-    axes[0, 0].set_ylabel("image")
-    axes[1, 0].set_ylabel("rollout")
-    figure.colorbar(drawn, ax=axes[1], label="weight", aspect=8)
     return figure

@@ -45,7 +45,6 @@ FIGURES = {  # every one, and arguments to try it with
     "plot_calibration": (PREDICTIONS,),
     "plot_predictions": (PREDICTIONS,),
     "plot_attention_distance": (MODEL, PREDICTIONS),
-    "plot_rollout": (MODEL, PREDICTIONS),
     "plot_position_similarity": (MODEL, HISTORY),
 }
 
@@ -154,20 +153,6 @@ def test_attention_distance_of_known_weights():
     assert analysis.attention_distance(right, 4).item() == pytest.approx(4)
     even = analysis.attention_distance(torch.ones(1, 1, 1, 5, 5), 4)
     assert even.item() == pytest.approx((0 + 4 + 4 + 32**0.5) / 4)
-
-
-def test_rollout_is_the_product_of_the_layers_from_the_last_to_the_first():
-    weights = torch.rand(3, 2, 4, 5, 5).softmax(dim=-1)
-    rows = []
-    for b in range(2):
-        row = torch.zeros(5)
-        row[0] = 1  # the class token, followed down from the last block
-        for layer in (2, 1, 0):
-            row = 0.5 * row + 0.5 * row @ weights[layer, b].mean(dim=0)
-        rows.append(row[1:])
-    torch.testing.assert_close(analysis.rollout(weights), torch.stack(rows))
-    nothing = torch.eye(5).expand(3, 2, 4, 5, 5)
-    assert analysis.rollout(nothing).abs().max() == 0
 
 
 def test_scaled_logits_keep_their_deviation_and_the_softmax_its_breadth():
