@@ -215,7 +215,7 @@ def test_the_zip_is_what_moodle_wants_and_works_alone(project, tmp_path, capfd):
     assert f"{accuracy:.4f} (eval)" in outputs, "the recorded run is found"
     assert "Not shown (position similarity)" not in outputs, "and its weights"
     assert "not classified: no CIFAR-10 in ./data" in outputs
-    assert outputs.count("Not shown (") == 7
+    assert outputs.count("Not shown (") == 6
     assert not (folder / "build").exists(), "nothing was trained"
 
 
