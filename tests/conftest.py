@@ -4,6 +4,7 @@ import collections
 import contextlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,8 @@ from report.student import check_student
 
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(2)
+# Which a job in the background ignores, and with it all processes that it starts
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def run_script(name, *arguments, folder=ROOT, timeout=120, **environment):

@@ -76,9 +76,7 @@ def arm(stage, number):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    # Which a job in the background ignores, and what `nohup` starts
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which `nohup` ignores
     use_few_generated_images()
     vision_transformer.VisionTransformer = small_model
     stage, number, *options = sys.argv[1:]
