@@ -24,8 +24,9 @@
 # %% tags=["appendix"]
 """Multi-head self-attention on 2d grids of tokens (Task 1).
 
-The paired script of ``attention.ipynb``. Importing it only defines; run as a script, it
-runs its unit tests. Cells tagged ``active-ipynb`` run in the notebook only.
+The paired script of ``attention.ipynb``. Importing it only defines classes and
+functions; run as a script, it runs its unit tests. Cells tagged ``active-ipynb`` run in
+the notebook only.
 """
 
 import math
@@ -125,15 +126,15 @@ class SelfAttention2d(nn.Module):
 #
 # The two tests below repeat the course's own tests in code written anew, since the
 # originals are not part of this hand-in: the weights of the layer are copied into
-# `nn.MultiheadAttention`, which must return the same tokens for random grids of 4 x 256
-# x 24 x 24, within `rtol=1e-2` and `atol=1e-5`.
+# `nn.MultiheadAttention`, which must return the same tokens for four random grids of
+# 256 x 24 x 24, within `rtol=1e-2` and `atol=1e-5`.
 
 
 # %%
 def torch_attention(layer, x):
     """Return what ``nn.MultiheadAttention`` makes of the layer's weights and a grid.
 
-    It asks for head_dim = value_dim = embed_dim / num_heads.
+    This requires head_dim = value_dim = embed_dim / num_heads.
     """
     theirs = nn.MultiheadAttention(
         layer.embed_dim, layer.num_heads, bias=False, batch_first=True
@@ -205,7 +206,8 @@ if __name__ == "__main__":
 # ### Why divide by $\sqrt{d_k}$?
 #
 # Let the entries of a query and a key all be independent of each other, with mean 0 and
-# variance 1. Their dot product is then a sum of $d_k$ terms with mean 0 and variance 1:
+# variance 1 (footnote 4 of Vaswani et al., 2017). Their dot product is then a sum of
+# $d_k$ terms with mean 0 and variance 1:
 #
 # $$\operatorname{Var}(q \cdot k) = \sum_{i=1}^{d_k} \operatorname{Var}(q_i k_i) = d_k$$
 #
@@ -223,8 +225,8 @@ if __name__ == "__main__":
 # $\sqrt{d_k}$: standard deviation $\sigma$ of the logits (left) and mean entropy of the
 # attention weights of a query (right) against the size of a head.
 # <!-- alt: Two plots against the size of a head from 4 to 1024. With the division the
-# deviation of the logits stays at one and the entropy just below that of even
-# weights; without it the deviation follows the square root law, and the entropy
+# deviation of the logits stays at one and the entropy just below that of
+# uniform weights; without it the deviation follows the square root law, and the entropy
 # falls to nearly zero. -->
 
 # %% [markdown]
@@ -246,7 +248,7 @@ if __name__ == "__main__":
 # figures.plot_attention_maps(queries=[(4, 4), (12, 9)], heads=[0, 1, 2]);
 
 # %% [markdown]
-# **Figure 2.** Where two tokens look. Left: the regions of the input, with the querying
+# **Figure 2.** Where two tokens look. Left: the regions of the input, with the query
 # token marked by a cross (top: in the disc, bottom: in the bar). Right: the attention
 # weights that three of the eight heads give to all 256 tokens of the grid.
 # <!-- alt: Two rows of heat maps over a 16 by 16 grid. The token in the disc gives
@@ -257,8 +259,8 @@ if __name__ == "__main__":
 # %% [markdown]
 # Both tokens find the other tokens of their region, near or far, in all three heads:
 # without positional embeddings, attention compares content and does not know distance.
-# The heads differ because each compares the tokens in another 32-dimensional
-# projection.
+# The heads differ because each compares the tokens in a 32-dimensional
+# projection of its own.
 
 # %% [markdown]
 # ### What it costs
@@ -286,4 +288,4 @@ if __name__ == "__main__":
 # %% [markdown]
 # Memory grows with $L^2$ too, since $h L^2$ attention weights are kept. This is why a
 # Vision Transformer attends over patches and not over pixels: a CIFAR-10 image has 64
-# patches, but 1024 pixels.
+# patches of 4 x 4 pixels, but 1024 pixels.

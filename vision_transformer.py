@@ -24,10 +24,10 @@
 # cuts an image into patches, treats each patch as a token, and feeds the tokens to a
 # Transformer encoder. This one is built on the self-attention of Task 1.
 #
-# An encoder block applies two operations in turn, each behind a layer norm ([Ba et al.,
-# 2016](https://arxiv.org/abs/1607.06450)) and inside a residual connection ([He et al.,
-# 2016](https://arxiv.org/abs/1512.03385); here Eqs. 2 and 3 of [Dosovitskiy et al.,
-# 2021](https://arxiv.org/abs/2010.11929)):
+# An encoder block applies two operations in turn, each preceded by a layer norm ([Ba et
+# al., 2016](https://arxiv.org/abs/1607.06450)) and wrapped in a residual connection
+# ([He et al., 2016](https://arxiv.org/abs/1512.03385); here Eqs. 2 and 3 of
+# [Dosovitskiy et al., 2021](https://arxiv.org/abs/2010.11929)):
 #
 # $$z' = \operatorname{MSA}(\operatorname{LN}(z)) + z, \qquad
 #   z'' = \operatorname{MLP}(\operatorname{LN}(z')) + z'$$
@@ -45,8 +45,9 @@
 # %% tags=["appendix"]
 """A Vision Transformer and the CIFAR-10 training recipe of the exercise (Task 2).
 
-The paired script of ``vision_transformer.ipynb``. Importing it only defines; run as a
-script, it runs its unit tests. Cells tagged ``active-ipynb`` run in the notebook only.
+The paired script of ``vision_transformer.ipynb``. Importing it only defines classes and
+functions; run as a script, it runs its unit tests. Cells tagged ``active-ipynb`` run in
+the notebook only.
 """
 
 import warnings
@@ -94,9 +95,9 @@ class ResidualModule(nn.Module):
 # two linear layers ([Srivastava et al.,
 # 2014](https://jmlr.org/papers/v15/srivastava14a.html)), as the course asks for. The
 # first dropout follows the GELU, as in the authors' code. The paper has dropout at two
-# more places, after attention and where positions are added (Appendix B.1), which this
-# model leaves out: in a trial on held-out images (Table 2), one with both did worse by
-# the recipe, which validates with dropout active.
+# more places, after attention and where positions are added (Appendix B.1). This model
+# leaves them out: in a trial on held-out images (Table 2), a model with both was less
+# accurate by the recipe, which validates with dropout active.
 
 
 # %%
@@ -308,7 +309,7 @@ def test_patch_order(device):
 
 @torch.no_grad()
 def test_block(device):
-    """A block computes what its equations say, norms in front."""
+    """A block computes what its equations say, norms first."""
     block = SelfAttentionTransformerBlock(64, 128, 4, 0.2)
     block = with_random_weights(block, device)
     z = torch.randn(2, 65, 64, device=device)
@@ -317,7 +318,7 @@ def test_block(device):
     expected = attention(norm_1(z)) + z
     expected = mlp(norm_2(expected)) + expected
     error = (block(z) - expected).abs().max().item()
-    assert error < 1e-5, f"differs by up to {error:.1e} from pre-norm residual lines"
+    assert error < 1e-5, f"differs by up to {error:.1e} from the pre-norm equations"
     return "within 1e-5 of its equations"
 
 
@@ -461,8 +462,8 @@ def make_loaders(cache_dir, batch_size, dataset=CIFAR10):
 # `recipe_check.py` shows that in a minute or two. `run` shows progress, saves every
 # epoch, and lets training resume. Runs on a CPU differ from the plain loop in one
 # point: `use_quick_dropout` draws the masks of dropout from fewer random bits, for the
-# sake of time. The masks are others, of the same distribution but for a probability to
-# drop that is off by at most $2^{-17}$.
+# sake of time. The masks differ, but have the same distribution, except that the
+# dropout probability is off by at most $2^{-17}$.
 #
 # The recipe validates **without `model.eval()`**: dropout stays active, so it
 # underestimates the model. The accuracy in evaluation mode is measured as well, which
@@ -484,7 +485,8 @@ def validate(model, loader, device):
 def predict(model, loader, device):
     """Return logits (N, num_classes) in evaluation mode, and labels (N,), on the CPU.
 
-    The mode and the random state are restored: even to iterate over a loader draws one.
+    The mode and the random state are restored: even iterating over a loader draws a
+    random number.
     """
     was_training = model.training
     model.eval()
@@ -565,7 +567,7 @@ def train_run(settings, cache_dir, device, folder=None, dataset=CIFAR10):
 # mean over each epoch (drawn at mid-epoch), and the loss on the validation images in
 # evaluation mode. Right: validation accuracy after every epoch by the recipe (dropout
 # active) and in evaluation mode; dotted, the 50 and 70 % of the exercise (25 % lies
-# below the axis), with a circle around the recipe's first epoch at each.
+# below the axis); circles mark the first epoch by the recipe that reaches each.
 # <!-- alt: Left, the cross-entropy of single steps, which scatter, and their mean,
 # which falls steeply at first, then ever more slowly, and still falls at the end. A
 # third curve, of the validation images, crosses it early and stays far above it.
@@ -659,7 +661,7 @@ def train_run(settings, cache_dir, device, folder=None, dataset=CIFAR10):
 
 # %% [markdown]
 # **Figure 8.** Test images with prediction (orange: wrong) and confidence above, which
-# is not rounded up, and the true class below: the most confident correct predictions,
+# is rounded down, and the true class below: the most confident correct predictions,
 # the least confident of all, and the most confident wrong ones.
 # <!-- alt: Three rows of six small images, with the predicted class and its confidence
 # above each and the true class below. The first row holds five ships on water and a
@@ -707,17 +709,17 @@ def train_run(settings, cache_dir, device, folder=None, dataset=CIFAR10):
 # **Figure 10.** Mean attention distance of every head against depth, over the first 128
 # test images (after Dosovitskiy et al., 2021, Fig. 7, right): of the trained model
 # (blue, their mean in orange) and before training (grey). Dotted: the distance of a
-# head that attends to all patches alike. Attention to the class token is left out, and
-# so is the last block: the classifier reads only its class token, so the logits do not
-# depend on where its patches look.
+# head that attends to all patches uniformly. Attention to the class token is left out,
+# and so is the last block: the classifier reads only its class token, so the logits do
+# not depend on where its patches look.
 # <!-- alt: Eight blue and eight grey dots for each of the first five encoder blocks,
-# all near the dotted line of even attention. The blue ones scatter a little more than
-# the grey ones, most in the first block, where a few heads lie above the line. -->
+# all near the dotted line of uniform attention. The blue ones scatter a little more
+# than the grey ones, most in the first block, where a few heads lie above the line. -->
 
 # %% [markdown]
 # In Fig. 7 (right) of Dosovitskiy et al., some heads of the lowest blocks attend mostly
 # to patches that are near. In Figure 10, every head keeps a mean distance close to that
-# of even attention, as before training.
+# of uniform attention, as before training.
 
 # %% [markdown]
 # ### Trials, seeds and ablations
@@ -783,7 +785,8 @@ def train_run(settings, cache_dir, device, folder=None, dataset=CIFAR10):
 # - In later screens, the best of 12 other initialisations, all with other weights of
 #   the patch embedding, reached 51.4 %, and this model 44.6 % (48.5 % in an earlier
 #   screen with other random numbers). Longer runs would have to confirm a gain.
-# - A Vision Transformer has to learn what a convolution is given: that neighbouring
-#   pixels belong together, and that an object may be anywhere. Pre-training makes up
-#   for it ([Dosovitskiy et al., 2021](https://arxiv.org/abs/2010.11929)). With 50,000
-#   images, one would try stronger augmentation and weight decay next.
+# - A Vision Transformer has to learn most of what a convolution is given: that
+#   neighbouring patches belong together, and that an object may be anywhere.
+#   Pre-training makes up for it ([Dosovitskiy et al.,
+#   2021](https://arxiv.org/abs/2010.11929)). With 50,000 images, one would try stronger
+#   augmentation and weight decay next.

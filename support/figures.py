@@ -66,9 +66,9 @@ def plot_scaling(head_dims, num_tokens=64):
     law = [math.sqrt(head_dim) for head_dim in head_dims]
     axes[0].plot(head_dims, law, ":", color=GREY, label=r"law $\sqrt{d_k}$")
     axes[0].set(yscale="log", ylabel=r"$\sigma$ of the logits")
-    even = math.log(num_tokens)
-    axes[1].axhline(even, linestyle=":", color=GREY, label=r"even, $\ln L$")
-    axes[1].set(ylabel="entropy / nats", ylim=(0, 1.15 * even))
+    uniform = math.log(num_tokens)
+    axes[1].axhline(uniform, linestyle=":", color=GREY, label=r"uniform, $\ln L$")
+    axes[1].set(ylabel="entropy / nats", ylim=(0, 1.15 * uniform))
     for ax in axes:
         ax.set(xscale="log", xlabel="size of a head $d_k$")
         ax.set_xticks(head_dims, [str(head_dim) for head_dim in head_dims])
@@ -408,9 +408,9 @@ def plot_attention_distance(model, predictions):
         labels = [label, *[None] * (distances.shape[1] - 1)]  # in the legend once
         ax.plot(layers, distances, "o", color=color, alpha=0.6, label=labels)
     ax.plot(layers, distances.mean(dim=1), "-", color=ORANGE, label="mean of the heads")
-    alike = torch.ones_like(weights[:1, :1, :1])
-    even = analysis.attention_distance(alike, model.patch_size)
-    ax.axhline(even.item(), linestyle=":", color=GREY, label="even attention")
+    weights = torch.ones_like(weights[:1, :1, :1])
+    uniform = analysis.attention_distance(weights, model.patch_size)
+    ax.axhline(uniform.item(), linestyle=":", color=GREY, label="uniform attention")
     ax.set(xlabel="encoder block", ylabel="distance / pixels", ylim=(0, 20))
     ax.set(xticks=range(1, len(distances) + 1))
     ax.grid(alpha=0.3)
