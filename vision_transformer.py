@@ -752,8 +752,8 @@ def train_run(settings, cache_dir, device, folder=None, dataset=CIFAR10):
 # the model are the first halves of finals, which were run with other random numbers.
 # The other rows change what their name says; without positions, the class token has
 # none either, with patches of 8 x 8 pixels, the features begin with a larger
-# variance, and *post-norm* has its norms behind the residual connections ([Vaswani et
-# al., 2017](https://arxiv.org/abs/1706.03762)), and no other behind the last block.
+# variance, and *post-norm* has its norms after the residual connections ([Vaswani et
+# al., 2017](https://arxiv.org/abs/1706.03762)), and none after the last block.
 
 # %% [markdown]
 # In Table 2, a difference from the model has a standard error of about 1.2 points:

@@ -408,8 +408,8 @@ def plot_attention_distance(model, predictions):
         labels = [label, *[None] * (distances.shape[1] - 1)]  # in the legend once
         ax.plot(layers, distances, "o", color=color, alpha=0.6, label=labels)
     ax.plot(layers, distances.mean(dim=1), "-", color=ORANGE, label="mean of the heads")
-    weights = torch.ones_like(weights[:1, :1, :1])
-    uniform = analysis.attention_distance(weights, model.patch_size)
+    ones = torch.ones_like(weights[:1, :1, :1])
+    uniform = analysis.attention_distance(ones, model.patch_size)
     ax.axhline(uniform.item(), linestyle=":", color=GREY, label="uniform attention")
     ax.set(xlabel="encoder block", ylabel="distance / pixels", ylim=(0, 20))
     ax.set(xticks=range(1, len(distances) + 1))
