@@ -233,7 +233,7 @@ if __name__ == "__main__":
 # With the division, the standard deviation of the logits does not depend on the size of
 # a head. Without it, large heads attend to hardly more than one token before anything
 # is learned. The variance of the logits of a real layer depends on its initial weights,
-# and a trained head can grow its logits.
+# and training can make its logits larger.
 
 # %% [markdown]
 # ### What the heads look at

@@ -4,13 +4,13 @@ Choices and ablations never look at the test images: 5,000 of the 50,000 trainin
 are held out, and every trial is judged by them. It trains on ``images`` of the others,
 for ``epochs`` passes. The seeds are whole quick runs by the recipe.
 
-In ``bench/former`` are the run of an earlier version, with branches of full size, and
-one of this model with the paper's dropout that was broken off. Screens and finals were
-run with code that drew the same weights in another order, so to run them again gives
-other numbers.
-
-``patches`` are of a model that may come next, whose patch embedding begins as what
-photographs consist of. They have begun only.
+They came in this order. ``final`` and ``settings`` chose the branches, the places of
+dropout and the quick run, of a model whose patch embedding began with Xavier weights;
+``screen`` shows what these reach in one epoch. ``patches`` chose the cosines that it
+begins with now. ``ablation`` compares the model with others. To run one again repeats
+its numbers only where it has no Xavier patches: those drew weights in another order.
+In ``bench/former`` are runs of earlier versions by the recipe: with branches of full
+size, with the paper's dropout, broken off, and with Xavier patches.
 
 A finished trial is a file in ``bench/trials`` and is not run again. An interrupted one
 continues after its last epoch, from its folder in ``build/trials``. What all of them
@@ -48,7 +48,6 @@ FOLDER = ROOT / "bench" / "trials"
 RUNS = ROOT / "build" / "trials"
 HELD_OUT = 5_000
 SETTINGS_SHOWN = ("group", "name", "batch_size", "lr", "epochs", "images", "seed")
-MAIN = "zero branches, MLP dropout"  # the model of the report
 SEEDS = (1, 2)  # beside 0, that of runs/quick and of all trials but some ablations
 
 
@@ -79,27 +78,23 @@ class Trial:
 # --- Models --------------------------------------------------------------------------
 
 
-# The model of the report: branches that begin at zero, dropout in the MLPs
+# The model of the report: branches that begin at zero, dropout in the MLPs, cosines
 new_model = ours.VisionTransformer
 
 
-def full_branches(model, gain=1.0):
+def full_branches(model):
     """Let the last layer of every branch begin as the other linear layers do."""
     for block in model.blocks:
-        nn.init.xavier_uniform_(block.attention.inner_module[1].out.weight, gain)
+        nn.init.xavier_uniform_(block.attention.inner_module[1].out.weight)
         mlp = block.feed_forward.inner_module[1]
-        nn.init.xavier_uniform_(mlp.layers[3].weight, gain)
+        nn.init.xavier_uniform_(mlp.layers[3].weight)
     return model
 
 
-def gpt2_branches(model):
-    """Branches times 1 / sqrt(2N) in a model of N blocks: Radford et al. (2019)."""
-    return full_branches(model, 1 / math.sqrt(2 * len(model.blocks)))
-
-
-def patches(model, gain):
-    """Begin with another gain of the patch embedding; that of the model is 3."""
-    nn.init.xavier_uniform_(model.patch_embedding.weight, gain)
+def xavier_model(**changes):
+    """Return a model whose patch embedding begins with Xavier weights."""
+    model = new_model(**changes)
+    nn.init.xavier_uniform_(model.patch_embedding.weight, gain=3)
     return model
 
 
@@ -185,31 +180,6 @@ def soft_queries(model):
     return model
 
 
-def zero_head(model):
-    """Let all classes begin with the same probability."""
-    nn.init.zeros_(model.head.weight)
-    return model
-
-
-@torch.no_grad()
-def mimetic(model):
-    """Let attention begin as trained attention looks: Trockman and Kolter (2023).
-
-    Per head W_Q W_K^T is near 0.7 Z + 0.7 I, with random numbers Z. What they do to
-    W_V W_O is lost where W_O begins at zero.
-    """
-    for block in model.blocks:
-        layer = block.attention.inner_module[1]
-        size, rank = layer.embed_dim, layer.head_dim
-        for head in range(layer.num_heads):
-            rows = slice(head * rank, (head + 1) * rank)
-            noise = torch.randn(size, size) / math.sqrt(rank)
-            u, s, vt = torch.linalg.svd(0.7 * noise + 0.7 * torch.eye(size))
-            layer.q.weight[rows] = (u[:, :rank] * s[:rank].sqrt()).T
-            layer.k.weight[rows] = s[:rank].sqrt()[:, None] * vt[:rank]
-    return model
-
-
 def block_dropout(model):
     """Drop out also after the output projection of attention."""
     for block in model.blocks:
@@ -262,27 +232,15 @@ def no_positions(model):
     return model
 
 
+XAVIER = "zero branches, MLP dropout"  # what the finals call the chosen one
 FINALS = {
-    "full branches, MLP dropout": lambda: full_branches(new_model()),
-    MAIN: new_model,
-    "zero branches, block dropout": lambda: block_dropout(new_model()),
-    "zero branches, paper dropout": lambda: paper_dropout(new_model()),
-}
-SCREENS = {
-    "full branches, patch gain 3": lambda: full_branches(new_model()),
-    "zero branches, patch gain 3": new_model,
-    "zero branches, patch gain 1": lambda: patches(new_model(), 1),
-    "zero branches, patch gain 2": lambda: patches(new_model(), 2),
-    "zero branches, patch gain 5": lambda: patches(new_model(), 5),
-    "GPT-2 scaling": lambda: gpt2_branches(new_model()),
-    "zero branches, mimetic": lambda: mimetic(new_model()),
-    "zero branches, block dropout": lambda: block_dropout(new_model()),
-    "zero branches, paper dropout": lambda: paper_dropout(new_model()),
-    "zero branches, zero head": lambda: zero_head(new_model()),
-    "zero branches, soft queries": lambda: soft_queries(new_model()),
+    "full branches, MLP dropout": lambda: full_branches(xavier_model()),
+    XAVIER: xavier_model,
+    "zero branches, block dropout": lambda: block_dropout(xavier_model()),
+    "zero branches, paper dropout": lambda: paper_dropout(xavier_model()),
 }
 PATCHES = {
-    "Xavier patches, gain 3": new_model,
+    "Xavier patches, gain 3": xavier_model,
     "cosine patches": lambda: cosine_patches(new_model()),
     "cosine patches, variance 1": lambda: cosine_patches(new_model(), 1),
     "cosine patches, variance 8": lambda: cosine_patches(new_model(), 8),
@@ -301,17 +259,16 @@ PATCHES = {
         cosine_patches(new_model())
     ),
 }
-PATCH_FINALS = (
-    "cosine patches, own rows",
-    "cosine patches, soft queries",
-    "cosine patches",
-)
-ABLATIONS = {  # beside the finals, whose first epochs are ablations, too
-    "no positions": lambda: no_positions(new_model()),
-    "one head": lambda: new_model(n_heads=1),
-    "patch 8": lambda: new_model(patch_size=8),
-    "no dropout": lambda: new_model(p_dropout=0.0),
-    "post-norm": lambda: post_norm(new_model()),
+MAIN = "the model"
+XAVIER_PATCHES = "Xavier patches"  # one seed: the first half of the final
+ABLATIONS = {
+    MAIN: new_model,
+    XAVIER_PATCHES: xavier_model,
+    "Xavier patches, no positions": lambda: no_positions(xavier_model()),
+    "Xavier patches, one head": lambda: xavier_model(n_heads=1),
+    "Xavier patches, patch 8": lambda: xavier_model(patch_size=8),
+    "Xavier patches, no dropout": lambda: xavier_model(p_dropout=0.0),
+    "Xavier patches, post-norm": lambda: post_norm(xavier_model()),
 }
 # Batch size and learning rate of the quick run
 SETTINGS = {
@@ -323,23 +280,25 @@ SETTINGS = {
 }
 MODELS = {
     **FINALS,
-    **SCREENS,
     **ABLATIONS,
     **PATCHES,
-    **dict.fromkeys(SETTINGS, new_model),
+    **dict.fromkeys(SETTINGS, xavier_model),
 }
 
 
 # --- Running -------------------------------------------------------------------------
 
 TRIALS = [
-    *(Trial("screen", name, epochs=1, images=15_000) for name in SCREENS),
+    Trial("screen", "Xavier patches, gain 3", 1, 15_000),
     *(Trial("final", name, 40, 5_000, batch_size=128) for name in FINALS),
     *(Trial("settings", name, 4, 15_000, *SETTINGS[name]) for name in SETTINGS),
-    *(Trial("ablation", MAIN, 20, 5_000, 128, seed=seed) for seed in SEEDS),
-    *(Trial("ablation", name, 20, 5_000, batch_size=128) for name in ABLATIONS),
     *(Trial("patches", name, 1, 15_000) for name in PATCHES),
-    *(Trial("patches-final", name, 40, 5_000, batch_size=128) for name in PATCH_FINALS),
+    *(Trial("ablation", name, 20, 5_000, batch_size=128) for name in ABLATIONS),
+    *(
+        Trial("ablation", name, 20, 5_000, 128, seed=seed)
+        for name in (MAIN, XAVIER_PATCHES)
+        for seed in SEEDS
+    ),
 ]
 
 
@@ -419,10 +378,6 @@ def table():
     """
     found = [json.loads(p.read_text("utf-8")) for p in sorted(FOLDER.glob("*.json"))]
     short = [record for record in found if "held_out_accs" in record]
-    for final in [record for record in short if record["group"] == "final"]:
-        # Its first epochs have the settings and the images of an ablation
-        first = {k: v[:20] for k, v in final.items() if isinstance(v, list)}
-        short.append({**final, **first, "group": "ablation", "epochs": 20})
     rows = []
     for record in short:
         number = 5 if record["epochs"] >= 20 else 1
@@ -433,13 +388,16 @@ def table():
         settings = [record[key] for key in SETTINGS_SHOWN]
         rows.append([*settings, f"{100 * recipe:.2f}", f"{100 * evaluated:.2f}"])
         rows[-1] += ["" if loss is None else f"{loss:.3f}", ""]
-    quick = [record for record in found if "val_accs" in record]
-    for history in [records.read_history(ROOT / records.QUICK_RECORD), *quick]:
+    quick = [(MAIN, records.read_history(ROOT / records.QUICK_RECORD))]
+    quick += [(MAIN, record) for record in found if "val_accs" in record]
+    for path in sorted((ROOT / "bench" / "former").glob("quick-*.json")):
+        quick.append((XAVIER_PATCHES, json.loads(path.read_text("utf-8"))))
+    for name, history in quick:
         ends = [f"{100 * history[k][-1]:.2f}" for k in ("val_accs", "val_accs_eval")]
         settings = (history[key] for key in ("batch_size", "lr", "n_epochs"))
         first = records.first_epoch_at(history["val_accs"], 0.7)
-        rows.append(["quick", "seeds", *settings, 50_000, history["seed"], *ends])
-        rows[-1] += ["", first]
+        row = ["quick", name, *settings, 50_000, history["seed"], *ends]
+        rows.append([*row, "", first])
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow([*SETTINGS_SHOWN, "recipe", "eval", "loss", "epoch_at_70"])

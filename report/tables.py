@@ -39,11 +39,7 @@ def printed(notebooks):
 
 
 def points(printed, history):
-    """Return the rows of the table of points, the evidence read from what was run.
-
-    Each is a dict with ``what``, ``points``, ``code`` (of which definitions), ``proof``
-    (from a test to what it printed, or the printed accuracy) and ``evidence``.
-    """
+    """Return the rows of the table of points, the evidence read from what was run."""
     passed = dict(re.findall(r"^passed  ([\w ]+): (.*)$", printed, re.MULTILINE))
     accuracies, rows = history["val_accs"], []
     for what, number, code, proof in POINTS:
@@ -64,8 +60,8 @@ def points(printed, history):
 def result(printed, history):
     """Return the sentences that stand first: what was reached, and how sure that is."""
     scatter = re.search(r"^\| standard deviation \| ([\d.]+)", printed, re.MULTILINE)
-    seeds = "; over seeds, shorter runs have a standard deviation of {} points (recipe)"
-    seeds = seeds.format(scatter[1]) if scatter else ""
+    seeds = "; over seeds, shorter runs of an earlier model have a standard deviation"
+    seeds = f"{seeds} of {scatter[1]} points (recipe)" if scatter else ""
     recipe, evaluated = history["val_accs"], history["val_accs_eval"]
     first = first_epoch_at(recipe, 0.7)
     reached = f"first reached in epoch {first}" if first else "not reached"

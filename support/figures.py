@@ -104,7 +104,7 @@ def plot_attention_maps(queries, heads):
 
 
 def plot_cost(sides):
-    """Print and plot what ``SelfAttention2d`` costs on square grids, one at a time."""
+    """Plot what ``SelfAttention2d`` costs on square grids, one at a time."""
     torch.manual_seed(0)
     layer = SelfAttention2d()
     rows = []
@@ -112,12 +112,6 @@ def plot_cost(sides):
         x = torch.randn(1, layer.embed_dim, side, side)
         costs = analysis.saved_for_backward(layer, x), analysis.fastest_pass(layer, x)
         rows.append((side * side, *analysis.count_operations(layer, x), *costs))
-    for n, projections, products, kept, seconds in rows:
-        print(
-            f"{n:5d} tokens: {projections / 1e6:5.0f} + {products / 1e6:5.0f} million "
-            "operations (projections + products), "
-            f"{kept / 2**20:6.1f} MiB kept, {1e3 * seconds:6.1f} ms"
-        )
     tokens, projections, products, kept, seconds = zip(*rows, strict=True)
     figure, axes = _panels(2.2, columns=3)
     series = [
@@ -155,7 +149,7 @@ def plot_patches(dataset, cache_dir, patch_size):
     patches = rearrange(
         pixels / 255, "(H p) (W q) C -> H W p q C", p=patch_size, q=patch_size
     )
-    figure = plt.figure(figsize=(WIDTH, 2.7), layout="constrained")
+    figure = plt.figure(figsize=(WIDTH, 2.2), layout="constrained")
     top, bottom = figure.subfigures(2, 1, height_ratios=[2.4, 1])
     left, right = top.subplots(1, 2)
     left.imshow(pixels)
@@ -192,7 +186,7 @@ def plot_training(history):
     """Plot training loss against steps, and validation accuracy against epochs."""
     losses, n_epochs = history["train_losses"], len(history["val_accs"])
     window = len(losses) // n_epochs
-    figure, (left, right) = _panels(2.6)
+    figure, (left, right) = _panels(2.3)
     left.plot(losses, color=SKY, linewidth=0.5, label="one step", rasterized=True)
     ends = window * np.arange(1, n_epochs + 1)
     mean = np.reshape(losses, (n_epochs, window)).mean(axis=1)
@@ -234,7 +228,7 @@ def plot_confusion(predictions):
     matrix = analysis.confusion(predictions.logits, predictions.labels).double()
     percent = (100 * matrix / matrix.sum(dim=1, keepdim=True)).numpy()
     classes = predictions.classes
-    figure, ax = _panels(3.0, 1, 1)
+    figure, ax = _panels(2.55, 1, 1)
     drawn = ax.imshow(percent, cmap="Blues", vmin=0, vmax=100, aspect="auto")
     for i, row in enumerate(percent):
         for j, value in enumerate(row):
@@ -253,7 +247,7 @@ def plot_calibration(predictions):
     labels = predictions.labels
     mean, accuracy, share, error = analysis.calibration(predictions.logits, labels)
     enough = share * len(labels) >= 10  # of fewer images, a share right means nothing
-    figure, axes = _panels(2.0)
+    figure, axes = _panels(1.8)
     axes[0].plot([0, 100], [0, 100], ":", color=GREY, label="perfectly calibrated")
     percent = 100 * mean[enough], 100 * accuracy[enough]
     axes[0].plot(*percent, "o-", color=BLUE, label="model")
@@ -339,15 +333,15 @@ def show_trials():
     for name, runs in same.items():
         values = [_of(statistics.mean, runs, key) for key in ("recipe", "eval")]
         values.append(_of(statistics.mean, runs, "loss", 3))
-        shown = f"**{name}**" if name == "zero branches, MLP dropout" else name
-        rows.append([shown, len(runs), *values])
+        rows.append([f"**{name}**" * (name == "the model") or name, len(runs), *values])
     header = ["model", "seeds", "recipe / %", "`eval()` / %", "loss / nats"]
     return _table(header, sorted(rows, key=lambda row: -float(row[2])))
 
 
 def show_seeds():
-    """Show the quick runs, which differ in the seed, with their mean and spread."""
-    runs = sorted(_trials("quick"), key=lambda row: int(row["seed"]))
+    """Show quick runs that differ in the seed, with their mean and spread."""
+    runs = [row for row in _trials("quick") if row["name"] == "Xavier patches"]
+    runs.sort(key=lambda row: int(row["seed"]))
     rows = [[r["seed"], r["recipe"], r["eval"], r["epoch_at_70"]] for r in runs]
     for what, of in (
         ("mean", statistics.mean),
@@ -358,6 +352,31 @@ def show_seeds():
 
 
 # --- Task 2: what the model has learned -------------------------------
+
+
+@needs_results
+def plot_filters(model):
+    """Draw the first filters of the patch embedding, before and after training."""
+    p, channels = model.patch_size, model.in_channels
+    figure, axes = _panels(2.1, 2, 1)
+    for ax, (title, shown) in zip(
+        axes,
+        {"before training": VisionTransformer(), "after training": model}.items(),
+        strict=True,
+    ):
+        weight = shown.patch_embedding.weight.detach().cpu()
+        weight = weight[: channels * min(p**2, len(weight) // channels)]
+        tiles = rearrange(
+            0.5 + 0.5 * weight / weight.abs().amax(dim=1, keepdim=True),
+            "(place colour) (y x C) -> colour place y x C",
+            colour=channels,
+            y=p,
+            x=p,
+        )
+        draw_tiles(ax, tiles.numpy(), fill=0.85)
+        ax.set(xticks=[], yticks=[])
+        ax.set_title(title, size="medium")
+    return figure
 
 
 @needs_results

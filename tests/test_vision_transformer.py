@@ -1,5 +1,6 @@
 """Task 2 against references that share no code with it."""
 
+import itertools
 import math
 
 import pytest
@@ -64,6 +65,22 @@ def test_values_and_gradients_agree_with_a_plain_float64_reference(
     model = alive(model).double().eval()
     x = torch.randn(batch, channels, rows * patch, rows * patch).double()
     assert_same(model(x), reference(model, x, heads), [*model.parameters()], 1e-10)
+
+
+def test_patches_start_as_products_of_cosines():
+    model = VisionTransformer()
+    rows = model.patch_embedding.weight.view(256, 4, 4, 3).double()
+
+    def cosine(k, n, i):
+        scale = math.sqrt((2 if k else 1) / n)
+        return scale * math.cos(math.pi * k * (i + 0.5) / n)
+
+    for number, (u, v, c) in enumerate(itertools.product(range(4), range(4), range(3))):
+        gain = 0.65 * (1 + 2 * math.hypot(u, v)) * (1 + 2 * c)
+        for y, x, channel in itertools.product(range(4), range(4), range(3)):
+            value = gain * cosine(u, 4, y) * cosine(v, 4, x) * cosine(c, 3, channel)
+            assert rows[number, y, x, channel].item() == pytest.approx(value, abs=1e-5)
+    assert torch.equal(rows[48:], rows[:208])
 
 
 def test_positions_start_as_standard_normal_and_blocks_as_the_identity():
