@@ -27,7 +27,13 @@ TASKS = (
     ((*BLOCKS, "VisionTransformer"), ("SelfAttention2d", "SelfAttention")),
     (("SelfAttention2d",), ()),
 )
-IMPORTS = ("import math", "import einops", "import torch", "from torch import nn")
+IMPORTS = """\
+import math
+
+import einops
+import torch
+from torch import nn
+from torch.nn import functional as F"""
 MAGIC = re.compile(r"^([ \t]*)(?:[%!?]|[\w.]+ *= *[%!])((?:.*\\\r?\n)*).*", re.M)
 EPOCHS = re.compile(r"^(N_EPOCHS *(?::.*)?= *)(\d+)", re.M)
 
@@ -99,7 +105,7 @@ def fill(notebook, path):
 
     Returns the names of those replaced, as text, and of those of ours in it.
     """
-    ours, cells, replaced, imported = our_classes(), [], [], set()
+    ours, cells, replaced = our_classes(), [], []
     for number, cell in enumerate(notebook.cells, 1):
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
@@ -121,10 +127,7 @@ def fill(notebook, path):
                 continue
             parts = [ours[node.name]]
             if not replaced:
-                imported |= _imported(tree, node.lineno)
-                lacking = [line for line in IMPORTS if line.split()[-1] not in imported]
-                before = ["\n".join(lacking), *(ours[name] for name in front)]
-                parts = [*filter(None, before), *parts]
+                parts = [IMPORTS, *(ours[name] for name in front), *parts]
             replaced.append(node.name)
             text = textwrap.indent("\n\n\n".join(parts), " " * node.col_offset)
             line_end = last[len(last.rstrip("\r\n")) :]
@@ -132,7 +135,6 @@ def fill(notebook, path):
             blanks = [""] * (node.end_lineno - first - 1)  # other lines stay in place
             lines[first : node.end_lineno] = [text, *blanks]
         cell.source = "".join(lines)
-        imported |= _imported(tree)
     return ", ".join(dict.fromkeys(replaced)), [*front, *asked]
 
 
@@ -151,14 +153,6 @@ def _digest(notebook, names):
 def _classes(tree):
     nodes = [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
     return sorted(nodes, key=lambda node: node.lineno)
-
-
-def _imported(tree, before=float("inf")):
-    """Return the names that a cell imports above a line."""
-    kinds = (ast.Import, ast.ImportFrom)
-    nodes = [n for n in tree.body if isinstance(n, kinds) and n.lineno < before]
-    names = [alias for node in nodes for alias in node.names]
-    return {alias.asname or alias.name.split(".")[0] for alias in names}
 
 
 def _tree(source, where):

@@ -1,8 +1,4 @@
-"""A data set in CIFAR-10's form that is generated instead of fetched.
-
-It shows that everything works, without network, and nothing else: a report made with
-it says DEMO DATA on its first page and cannot be handed in.
-"""
+"""A data set in CIFAR-10's form that is generated instead of fetched."""
 
 import math
 
@@ -19,10 +15,9 @@ SIZES = {True: 480, False: 200}  # training and validation images
 class DemoCIFAR10(VisionDataset):
     """Images of 32 x 32 pixels with stripes; the class is their slope and width.
 
-    Five slopes times two widths are ten classes. Colour, phase, noise and the side
-    that the stripes lean to are random, so a model has to learn what matters.
-    Arguments are those of ``torchvision.datasets.CIFAR10``; nothing is read from or
-    written to ``root``.
+    Colour, phase, noise and the side that the stripes lean to are random, so a model
+    has to learn what matters. Arguments are those of ``torchvision.datasets.CIFAR10``;
+    nothing is read from or written to ``root``.
     """
 
     base_folder = "demo"

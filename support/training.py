@@ -248,7 +248,12 @@ class Run:
             self.random[self.device] = getattr(torch, self.device)
         self.checkpoint = self.folder / CHECKPOINT_NAME
         self.n_epochs, self.steps_per_epoch = n_epochs, steps_per_epoch
-        with self._locked():
+        with contextlib.ExitStack() as stack:
+            busy = f"another process is training {self.folder}: wait, or end it"
+            lock = records.lock(self.folder / ".lock", busy)
+            stack.callback(lock.release)
+            for path in self.folder.glob(".*.part"):  # of a process that was killed
+                path.unlink(missing_ok=True)
             self._restore()
             done = self.epochs_done
             self.bar = progress_bar(n_epochs * steps_per_epoch, done * steps_per_epoch)
@@ -359,18 +364,6 @@ class Run:
         self._losses, self._start = [], time.perf_counter()
         self._since = self._start
         self.bar.set_postfix_str("", refresh=False)
-
-    @contextlib.contextmanager
-    def _locked(self):
-        """Keep other processes from training the same run at the same time."""
-        busy = f"another process is training the run in {self.folder}: wait, or end it"
-        lock = records.lock(self.folder / ".lock", busy)
-        try:
-            for path in self.folder.glob(".*.part"):  # of a process that was killed
-                path.unlink(missing_ok=True)
-            yield
-        finally:
-            lock.release()
 
     def _save(self):
         buffer = io.BytesIO()

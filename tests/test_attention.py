@@ -7,7 +7,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from attention import SelfAttention2d
+from attention import SelfAttention2d, run_unit_tests
 
 small = st.integers(1, 5)
 seeds = st.integers(0, 2**31)
@@ -73,3 +73,17 @@ def test_defaults_and_attributes_are_those_of_the_course():
     for linear in layer.children():
         assert linear.weight.shape == (256, 256)
         assert linear.bias is None
+
+
+def test_a_failing_unit_test_has_its_line_and_the_others_theirs(capsys):
+    def test_wrong(device):
+        raise ValueError("no")
+
+    def test_fine(device):
+        return "yes"
+
+    with pytest.raises(AssertionError, match="failed unit tests: wrong"):
+        run_unit_tests(test_wrong, test_fine)
+    assert (
+        capsys.readouterr().out == "FAILED  wrong: ValueError: no\npassed  fine: yes\n"
+    )

@@ -248,23 +248,16 @@ def test_lab_starts_as_a_module_or_says_why_it_cannot(command, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.fault("files and variables that mislead")
-def test_no_variable_leads_python_elsewhere(folder):
+@pytest.mark.parametrize("name", ["report", "verify"])
+def test_no_file_or_variable_leads_python_elsewhere(folder, name):
+    (folder / "tokenize.py").touch()  # which torch would import
     (folder / "other").mkdir()
     (folder / "other" / "torch.py").write_text("raise SystemExit('not this one')")
     settings = {"PYTHONOPTIMIZE": "2", "PYTHONSAFEPATH": "1"}
     settings["PYTHONPATH"] = str(folder / "other")
-    done = run_make("verify", "RUN=nowhere", folder=folder, **settings)
-    assert "there is no finished run in nowhere" in done.stdout
-    assert (done.returncode, done.stderr) == (1, "")
-
-
-@pytest.mark.slow
-@pytest.mark.fault("files and variables that mislead")
-@pytest.mark.parametrize("name", ["report", "verify"])
-def test_a_file_named_as_a_module_of_python_stops_no_command(folder, name):
-    (folder / "tokenize.py").touch()  # which torch would import
-    done = run_make(name, "RUN=nowhere", folder=folder)
+    done = run_make(name, "RUN=nowhere", folder=folder, **settings)
     assert "there is no finished run in nowhere" in done.stdout + done.stderr
+    assert done.returncode == 1
 
 
 @pytest.mark.slow
@@ -333,6 +326,7 @@ def test_a_failed_report_costs_no_outputs(project):
     with pytest.raises(UserError) as caught:
         build.report(shown())
     assert re.match(r"attention\.ipynb, cell \d+, line 2:\n", str(caught.value))
+    assert "failed unit tests: multi head" in str(caught.value)
     assert "run_unit_tests(test_single_head, test_multi_head)" in str(caught.value)
     assert sum(a != b for a, b in zip(before, cells(), strict=True)) == 1
     assert "math.sqrt" not in Path("attention.py").read_text(encoding="utf-8")
