@@ -326,7 +326,7 @@ def test_a_failed_report_costs_no_outputs(project):
     with pytest.raises(UserError) as caught:
         build.report(shown())
     assert re.match(r"attention\.ipynb, cell \d+, line 2:\n", str(caught.value))
-    assert "failed unit tests: multi head" in str(caught.value)
+    assert "failed unit tests: single head, multi head" in str(caught.value)
     assert "run_unit_tests(test_single_head, test_multi_head)" in str(caught.value)
     assert sum(a != b for a, b in zip(before, cells(), strict=True)) == 1
     assert "math.sqrt" not in Path("attention.py").read_text(encoding="utf-8")

@@ -142,7 +142,7 @@ def test_all_code_is_there_and_no_debris(report_pdf):
 def test_figures_have_the_numbers_of_the_notebooks_and_links_lead_there(report_pdf):
     pages = ["\n" + page for page in text_of(report_pdf)]
     captions = re.findall(
-        r"\*\*Figure (\d+)\.\*\* .{60,}?<!-- alt: .{60,}? -->", SOURCES, re.DOTALL
+        r"\*\*Figure (\d+)\.\*\* .{60,}?<!-- alt: .{60,}?\s-->", SOURCES, re.DOTALL
     )
     assert captions == [str(n) for n in range(1, SOURCES.count("figures.plot_") + 1)]
     texts = SOURCES.replace("**Figure", "")
