@@ -8,7 +8,7 @@ They came in this order. ``final`` and ``settings`` chose the branches, the plac
 dropout and the quick run, of a model whose patch embedding began with Xavier weights;
 ``screen`` shows what these reach in one epoch. ``patches`` chose the cosines that it
 begins with now. ``ablation`` compares the model with others. To run one again repeats
-its numbers only where it has no Xavier patches: those drew weights in another order.
+the numbers of ``the model`` only: the code of all others drew weights in another order.
 In ``bench/former`` are runs of earlier versions by the recipe: with branches of full
 size, with the paper's dropout, broken off, and with Xavier patches.
 

@@ -257,6 +257,7 @@ def test_no_file_or_variable_leads_python_elsewhere(folder, name):
     settings["PYTHONPATH"] = str(folder / "other")
     done = run_make(name, "RUN=nowhere", folder=folder, **settings)
     assert "there is no finished run in nowhere" in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
     assert done.returncode == 1
 
 

@@ -68,6 +68,18 @@ def test_what_workers_made_does_not_outlive_its_batch():
     assert len(logits) == 300
 
 
+@pytest.mark.fault("numerics")
+def test_a_run_that_diverges_says_so_and_saves_nothing(
+    demo_data, workplace, monkeypatch
+):
+    monkeypatch.setattr(training, "LOOK_EVERY", 1)
+    monkeypatch.setattr(vision_transformer, "validate", None)  # not so far
+    with pytest.raises(UserError, match=r"(nan|inf) in epoch 1: the run diverged"):
+        train(n_epochs=2, lr=1e30)
+    [path] = records.RUNS.glob(f"*/{training.CHECKPOINT_NAME}")
+    assert training.read_checkpoint(path)["history"]["val_accs"] == []
+
+
 @pytest.mark.fault("training killed (SIGKILL)")
 def test_a_worker_that_is_killed_is_named(demo_data, workplace, monkeypatch):
     def kill_worker(*_):

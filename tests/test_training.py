@@ -240,8 +240,16 @@ def test_a_checkpoint_of_something_else_or_diverged_is_named(workplace):
             go_on(small_model(), n_epochs=2)
 
 
-def test_hours_leave_out_a_night_of_sleep():
-    assert records.hours({"epoch_seconds": [1800, 1800, 36_000, 1800]}) == 2
+def test_the_summary_says_when_the_marks_were_reached(workplace):
+    history = {**records.DEFAULT, **go_on(small_model()).history}
+    # Hours leave out a night of sleep
+    history["epoch_seconds"] = [1800, 1800, 36_000, 1800]
+    history["val_accs"] = [0.2, 0.5, 0.6, 0.5]
+    said = records.summary(history, "runs/mine")
+    assert "2.00 hours" in said
+    assert "0.5000 (recipe), 0.6000 (eval)" in said
+    assert "50% by the recipe's measure: 0.5000 in epoch 2" in said
+    assert "70% by the recipe's measure: not reached" in said
 
 
 def test_steps_that_become_slow_are_told_once(workplace, monkeypatch, capsys):
