@@ -2,8 +2,10 @@
 
 `make bench` measures all candidates in one process, in turn, round by round, so that a
 machine whose speed drifts slows all of them alike. Ratios are medians over the ratios
-of each round. Peak memory is taken in a process of its own for each candidate. The
-result is a table, and ``bench/speed.json``, from which the README takes its figures.
+of each round. Peak memory is taken in a process of its own for each candidate. Last,
+the parts of an epoch of our training are measured likewise. The result is a table, and
+``bench/speed.json``, or ``bench/speed-avx512.json`` where MKL is told that an AMD
+processor is Intel's, see the README.
 """
 
 import argparse
@@ -20,6 +22,7 @@ from pathlib import Path
 import torch
 import torchvision
 from einops import rearrange
+from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
@@ -28,10 +31,11 @@ sys.path.insert(0, str(ROOT))
 
 import vision_transformer as ours  # noqa: E402
 from attention import SelfAttention2d  # noqa: E402
+from support.demo_data import DemoCIFAR10  # noqa: E402
 from support.records import processor_name, write_whole  # noqa: E402
-from support.training import use_quick_dropout  # noqa: E402
+from support.training import mkl_is_told, use_quick_dropout  # noqa: E402
 
-RECORD = ROOT / "bench" / "speed.json"
+RECORD = ROOT / "bench" / ("speed-avx512.json" if mkl_is_told() else "speed.json")
 P_DROPOUT = 0.2
 PEERS = ("nn.MultiheadAttention", "torchvision", "timm", "vit-pytorch")
 
@@ -149,24 +153,34 @@ ATTENTIONS = {
 # --- Measuring -----------------------------------------------------------------------
 
 
-def training_step(model, batch_size, device):
-    """Return a function that makes one step of the recipe on fixed random images."""
+def step_parts(model, batch_size, device):
+    """Return functions that make a step of the recipe on fixed random images."""
     model = model.to(device).train()
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-4)
     images = torch.randn(batch_size, 3, 32, 32, device=device)
     labels = torch.randint(10, (batch_size,), device=device)
+    losses = []
 
-    def step():
-        optimizer.zero_grad()
-        F.cross_entropy(model(images), labels).backward()
+    def update():
         optimizer.step()
+        optimizer.zero_grad()
 
-    return step
+    return {
+        "forward": lambda: losses.append(F.cross_entropy(model(images), labels)),
+        "backward": lambda: losses.pop().backward(),
+        "optimizer": update,
+    }
+
+
+def training_step(model, batch_size, device):
+    """Return one function that makes the whole step."""
+    parts = step_parts(model, batch_size, device).values()
+    return lambda: [part() for part in parts]
 
 
 def inference(model, batch_size, device):
-    """Return a function that classifies fixed random images."""
-    model = model.to(device).eval()
+    """Return a function that classifies fixed random images, in the model's mode."""
+    model = model.to(device)
     images = torch.randn(batch_size, 3, 32, 32, device=device)
     return torch.no_grad()(lambda: model(images))
 
@@ -186,12 +200,10 @@ def attention(layer, grid, device, backward):
     return apply
 
 
-def measure(functions, rounds, device):
+def timings(functions, rounds, device):
     """Time functions in turn, round by round, after two rounds to warm up.
 
-    Returns:
-        For each name the ``median`` and the ``quartiles`` of the milliseconds, and
-        ``times_ours``, the median of the ratios to "ours" in the same round.
+    Returns the milliseconds of each, a list (rounds,).
     """
     times = {name: [] for name in functions}
     for _ in range(rounds + 2):
@@ -201,17 +213,49 @@ def measure(functions, rounds, device):
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             times[name].append(1e3 * (time.perf_counter() - start))
-    result = {}
-    for name in times:
-        values, of_ours = times[name][2:], times["ours"][2:]
+    return {name: values[2:] for name, values in times.items()}
+
+
+def measure(functions, rounds, device):
+    """Compare candidates.
+
+    Returns:
+        For each name the ``median`` and the ``quartiles`` of the milliseconds, and
+        ``times_ours``, the median of the ratios to "ours" in the same round.
+    """
+    times, result = timings(functions, rounds, device), {}
+    for name, values in times.items():
         low, median, high = statistics.quantiles(values, n=4)
-        ratios = [value / our for value, our in zip(values, of_ours, strict=True)]
+        ratios = [v / our for v, our in zip(values, times["ours"], strict=True)]
         result[name] = {
             "median": median,
             "quartiles": [low, high],
             "times_ours": statistics.median(ratios),
         }
     return result
+
+
+def epoch_parts(batch_size, rounds, device):
+    """Return the seconds that the parts of an epoch of CIFAR-10 take, one by one.
+
+    In training, other processes load the images meanwhile, where a core is free.
+    """
+
+    def model():
+        return with_quick_dropout(ours.VisionTransformer().to(device))
+
+    images = [Image.fromarray(image) for image in DemoCIFAR10("").data[:batch_size]]
+    parts = {
+        "loading": lambda: [ours.TRAIN_TRANSFORM(image) for image in images],
+        **step_parts(model(), batch_size, device),
+        "validation by the recipe": inference(model(), batch_size, device),
+        "validation with eval()": inference(model().eval(), batch_size, device),
+    }
+    seconds = {}
+    for name, values in timings(parts, rounds, device).items():
+        number = 10_000 if name.startswith("validation") else 50_000
+        seconds[name] = statistics.median(values) / 1e3 * number / batch_size
+    return seconds
 
 
 def step_memory(name, batch_size, device):
@@ -257,7 +301,10 @@ def run_all(device, rounds, batch_size):
     steps = {n: training_step(make(), batch_size, device) for n, make in MODELS.items()}
     steps = measure(steps, rounds, device)
     print("inference", flush=True)
-    models = {n: inference(make(), batch_size, device) for n, make in MODELS.items()}
+    models = {
+        name: inference(make().eval(), batch_size, device)
+        for name, make in MODELS.items()
+    }
     models = measure(models, 2 * rounds, device)
 
     layers = {}
@@ -273,6 +320,9 @@ def run_all(device, rounds, batch_size):
     print("memory", flush=True)
     memory = {name: step_memory(name, batch_size, device) for name in MODELS}
 
+    print("parts of an epoch", flush=True)
+    parts = epoch_parts(batch_size, rounds, device)
+
     def against(rows, *names):
         return min(rows[name]["times_ours"] for name in names)
 
@@ -284,6 +334,7 @@ def run_all(device, rounds, batch_size):
             "gpu": torch.cuda.get_device_name(device) if cuda else None,
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
+            "mkl_is_told": mkl_is_told(),
         },
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat("T", "seconds"),
         "batch_size": batch_size,
@@ -304,6 +355,7 @@ def run_all(device, rounds, batch_size):
         "inference": models,
         "attention": layers,
         "training_step_memory_mib": memory,
+        "epoch_seconds": parts,
     }
 
 
@@ -325,6 +377,11 @@ def table(record):
     lines.append("\npeak memory of a training step")
     for name, mib in record["training_step_memory_mib"].items():
         lines.append(f"  {name:<34}{mib:>7.0f} MiB")
+    parts = record["epoch_seconds"]
+    lines.append("\nparts of an epoch, with quick dropout on a CPU")
+    for name, seconds in parts.items():
+        share = 100 * seconds / sum(parts.values())
+        lines.append(f"  {name:<34}{seconds:>7.1f} s{share:>9.1f} %")
     lines.append("\nin short")
     for name, value in record["summary"].items():
         lines.append(f"  {name:<54}{value:.2f}")

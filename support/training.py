@@ -266,7 +266,7 @@ class Run:
             if self.device == "cpu" and is_held_back():
                 self._say(
                     "PyTorch's MKL leaves the AVX-512 units of this AMD processor "
-                    "idle: the README says how it uses them, and takes far less time."
+                    "idle: the README says how it uses them, and takes less time."
                 )
             self._begin_epoch()
             try:
