@@ -67,6 +67,13 @@ local function Span(span)
   -- Negative gaps of 1/6 em and the like are rounded to 1 em
   inner = inner:gsub("#h%(%-%d+em%)", ""):gsub("#h%(0em%)", "thick")
   inner = inner:gsub('"||"', '"‖"'):gsub('"%["(, *)\u{e001}', "#none%1")
+  -- Typst has renamed some signs since pandoc learned their names
+  inner = (inner .. '""'):gsub('([^"]*)("[^"]*")', function(signs, text)
+    signs = signs:gsub("%f[%a]sect%f[%A]", "inter"):gsub("%.circle%f[%A]", ".o")
+    return signs:gsub("(bracket%.[lr])%.double", "%1.stroked") .. text
+  end):sub(1, -3)
+  -- A large delimiter is text for pandoc, which would print its name
+  inner = inner:gsub("(#scale%b())%[([%l.]+)%]", "%1[#sym.%2]")
   inner = inner:gsub("\u{e000}", "\\u{26}"):gsub("\u{e001}", "")
   inner = inner:gsub('("[%a ]+") \\%(', "%1\\(")  -- no gap between operator and bracket
   return inline("#math.equation(block: %s, alt: %s, $%s$)", is_display, alt, inner)

@@ -18,7 +18,12 @@ KNOWN = r"""
 \newcommand{\strut}{} \newcommand{\mathstrut}{} \newcommand{\relax}{}
 \newcommand{\null}{} \newcommand{\nobreak}{} \newcommand{\negthinspace}{}
 \newcommand{\thinspace}{\,} \newcommand{\hfill}{\quad} \newcommand{\newline}{\quad}
-\newcommand{\S}{\text{§}} \newcommand{\degree}{\text{°}}
+\newcommand{\S}{\text{§}} \newcommand{\degree}{\text{°}} \newcommand{\surd}{√}
+\newcommand{\tbinom}[2]{\binom{#1}{#2}} \newcommand{\space}{\ }
+\newcommand{\rlap}[1]{#1} \newcommand{\llap}[1]{#1} \newcommand{\mathrlap}[1]{#1}
+\newcommand{\mathllap}[1]{#1} \newcommand{\mathinner}[1]{#1}
+\newcommand{\bra}[1]{\langle #1|} \newcommand{\ket}[1]{|#1\rangle}
+\newcommand{\braket}[1]{\langle #1\rangle}
 """
 SWITCH = r"\\(rm|bf|it|cal|sf|tt|frak)(?![A-Za-z])\s*"
 COLUMNS = r"\{(?:[^{}]|\{[^{}]*\})*\}"  # as in \begin{array}{l@{}l}
@@ -45,6 +50,8 @@ def plain(tex):
     tex = re.sub(rf"\{{\s*{SWITCH}([^{{}}]*)\}}", r"{\\math\1{\2}}", tex)
     tex = re.sub(SWITCH, r"\\math\1 ", tex)
     tex = re.sub(r"(\\(?:begin|end)\{)dcases\}", r"\1cases}", tex)
+    tex = re.sub(r"(\\[bB]igg?)m\b", r"\1", tex)
+    tex = re.sub(r"\\(tiny|small|normalsize|large|Large|LARGE|huge|Huge)\b", "", tex)
     return re.sub(
         r"\\left\s*\\(?:\{|lbrace\b)\s*\\begin\{(array|matrix|aligned|split|gathered)\}"
         rf"(?:(?<=array\}}){COLUMNS})?(.*?)\\end\{{\1\}}\s*\\right\s*\.",

@@ -112,6 +112,8 @@ MARKDOWN = [  # the source, what the PDF shows, what is named; "..." is anything
     ("$$ % nothing $$ 7041 $$\\,$$", "7041"),
     (r"$x^T\!y$, $a\;b$, $c \& d$, $\text{R\&D}$", "xT y ... a b ... c&d ... R&D"),
     (r"${\rm max}$, ${\cal L} = 7041$, $\bf x$", "max ... = 7041, x"),
+    (r"$a \cap b \otimes \bigcap_i x \odot \text{a sect}$", "a ∩ b ⊗ ... ⊙ a sect"),
+    (r"$\Bigl\| x \bigm| y \Bigr\rangle$", "∥x | y ⟩"),
     (r"\begin{align} a &= 1 & b &= 2 && 7041 \end{align}", "a = 1 b = 2"),
     (r"$$ a &= 7041 \\ b &= 7042 $$", "7041 ... 7042"),
     (r"$$A = \begin{matrix} 1 & 2 \\ 3 & 4 \end{matrix} B$$", "A = 1 3 2 4B"),
@@ -403,6 +405,7 @@ def test_a_cell_that_typst_refuses_costs_only_itself(typeset, monkeypatch):
 
     monkeypatch.setattr(pdf, "to_typst", with_errors)
     page = typeset(
+        new_markdown_cell("Typst warns of $\\triangleleft$."),
         new_markdown_cell("One *7041* source."),
         new_markdown_cell("And $\\alpha + 1$ or $\\beta = 7042$ here."),
         new_markdown_cell("The end."),
@@ -410,8 +413,9 @@ def test_a_cell_that_typst_refuses_costs_only_itself(typeset, monkeypatch):
     assert "One *7041* source." in page.text
     assert r"And \alpha + 1 or β = 7042 here." in page.text
     assert "The end." in page.text
-    assert "cell 2: shown as its source" in page.notes
-    assert r"cell 3: the formula '\\alpha + 1'" in page.notes
+    assert "Typst warns of ⊲." in page.text
+    assert "cell 3: shown as its source" in page.notes
+    assert r"cell 4: the formula '\\alpha + 1'" in page.notes
 
 
 def test_what_cannot_be_accessible_is_a_pdf_all_the_same(typeset, monkeypatch):
