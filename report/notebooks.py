@@ -17,6 +17,7 @@ from pathlib import Path
 import jupytext
 import nbformat
 import torch
+from bs4 import BeautifulSoup
 from jupyter_client import AsyncKernelManager
 from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
 from nbclient import NotebookClient
@@ -34,6 +35,7 @@ FIRST = [
     # This folder, behind the standard library
     "import sys; sys.path.insert(['-packages' in p for p in sys.path].index(True), '')",
 ]
+WIDGET = "application/vnd.jupyter.widget-view+json"
 NO_TIME = {"SOURCE_DATE_EPOCH": "0"}  # in a figure: the same one is the same bytes
 
 
@@ -85,7 +87,7 @@ def execute(notebook, name, timeout=CELL_SECONDS, client=NotebookClient):
         km=manager,
         timeout=timeout,
         coalesce_streams=True,
-        store_widget_state=False,
+        store_widget_state=True,
         record_timing=False,
         shutdown_kernel="immediate",
         # Its own log warns at every start, and shows tracebacks at Ctrl-C
@@ -112,6 +114,7 @@ def execute(notebook, name, timeout=CELL_SECONDS, client=NotebookClient):
         why = "the kernel died, perhaps for lack of memory, or does not answer"
         cause = error
     else:
+        _replace_widgets(notebook, client.widget_state)
         notebook.metadata["provenance"] = _where_and_when()
         return
     count = cell.get("execution_count")
@@ -137,6 +140,33 @@ def _environment(settings):
     kept = {k: v for k, v in os.environ.items() if not k.startswith(names)}
     kept["NO_TRAINING"] = "1"  # which takes hours
     return {**kept, **NO_TIME, "IPYTHONDIR": settings, "MPLCONFIGDIR": settings}
+
+
+def _replace_widgets(notebook, states):
+    """Put the words of widgets, as of a progress bar, where only a kernel draws one."""
+
+    def state_of(name):
+        return states.get(name.removeprefix("IPY_MODEL_"), {})
+
+    def words(state):
+        texts = [state.get("description"), state.get("value")]
+        texts += [words(state_of(child)) for child in state.get("children", [])]
+        for output in state.get("outputs", []):
+            texts.append(output.get("text", output.get("data", {}).get("text/plain")))
+        parts = [t for t in texts if isinstance(t, str)]
+        return " ".join(
+            BeautifulSoup(" ".join(parts), "html.parser").get_text().split()
+        )
+
+    for cell in notebook.cells:
+        for output in list(cell.get("outputs", [])):
+            view = output.get("data", {}).pop(WIDGET, None)
+            state = state_of(view["model_id"]) if view else {}
+            if state_of(state.get("layout") or "").get("visibility") == "hidden":
+                cell.outputs.remove(output)  # a bar that is not left
+            elif view:
+                plain = output.data.get("text/plain", "")
+                output.data["text/plain"] = words(state) or plain
 
 
 def _where_and_when():

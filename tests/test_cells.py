@@ -234,6 +234,13 @@ CODE = [  # what prints or shows something, what the PDF shows, what is named
     ),
     ("IFrame('https://x.org', 9, 9)", "not shown", "<iframe>"),
     (r"Markdown('**bold** 7041\n- one')", "bold 7041 ... • one"),
+    ("from tqdm.auto import tqdm\nfor _ in tqdm([1], 'run'): pass", "run: 100% 1/1"),
+    ("for _ in tqdm([1], 'run', leave=False): pass\nprint('7041')", "Task 1 7041"),
+    (
+        "import ipywidgets\nw = ipywidgets.Output()\nwith w: print('7041')\nw",
+        "Task 1 7041",
+    ),
+    ("Code('x = 7041', language='python')", "Task 1 x = 7041 The end."),
     ("Latex('So $x = 7041$')", "So x = 7041"),
     ("Latex('x = 7041')", "x = 7041"),
     ("HTML('<p>So $x^2 = 7041$</p>')", "So x2 = 7041"),
