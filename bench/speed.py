@@ -244,7 +244,8 @@ def epoch_parts(batch_size, rounds, device):
     def model():
         return with_quick_dropout(ours.VisionTransformer().to(device))
 
-    images = [Image.fromarray(image) for image in DemoCIFAR10("").data[:batch_size]]
+    data = DemoCIFAR10("").data
+    images = [Image.fromarray(data[n % len(data)]) for n in range(batch_size)]
     parts = {
         "loading": lambda: [ours.TRAIN_TRANSFORM(image) for image in images],
         **step_parts(model(), batch_size, device),

@@ -133,7 +133,8 @@ class Cells:
         if picture:
             return self._parse(f'<p><img src="{picture}"></p>')
         latex = re.sub(r"\\[][]", "$$", re.sub(r"\\[()]", "$", latex))
-        is_formula = re.search(r"\$|\\begin(?!\{(tabular|Verbatim))", latex)
+        is_other = re.search(r"\\begin\{(tabular|Verbatim)", latex)
+        is_formula = re.search(r"\$|\\begin", latex) and not is_other
         if "text/markdown" in data or is_formula:
             return self._markdown(data.get("text/markdown", latex))
         text, soup = data.get("text/html", ""), _soup(data.get("text/html", ""))

@@ -68,10 +68,11 @@ local function Span(span)
   inner = inner:gsub("#h%(%-%d+em%)", ""):gsub("#h%(0em%)", "thick")
   inner = inner:gsub('"||"', '"‖"'):gsub('"%["(, *)\u{e001}', "#none%1")
   -- Typst has renamed some signs since pandoc learned their names
+  inner = inner:gsub('\\"', "\u{e002}")
   inner = (inner .. '""'):gsub('([^"]*)("[^"]*")', function(signs, text)
     signs = signs:gsub("%f[%a]sect%f[%A]", "inter"):gsub("%.circle%f[%A]", ".o")
     return signs:gsub("(bracket%.[lr])%.double", "%1.stroked") .. text
-  end):sub(1, -3)
+  end):sub(1, -3):gsub("\u{e002}", '\\"')
   -- A large delimiter is text for pandoc, which would print its name
   inner = inner:gsub("(#scale%b())%[([%l.]+)%]", "%1[#sym.%2]")
   inner = inner:gsub("\u{e000}", "\\u{26}"):gsub("\u{e001}", "")

@@ -51,7 +51,8 @@ def plain(tex):
     tex = re.sub(SWITCH, r"\\math\1 ", tex)
     tex = re.sub(r"(\\(?:begin|end)\{)dcases\}", r"\1cases}", tex)
     tex = re.sub(r"(\\[bB]igg?)m\b", r"\1", tex)
-    tex = re.sub(r"\\(tiny|small|normalsize|large|Large|LARGE|huge|Huge)\b", "", tex)
+    sizes = "[tT]iny|scriptsize|small|normalsize|large|Large|LARGE|huge|Huge"
+    tex = re.sub(rf"(?<!\\)\\({sizes})(?![A-Za-z])", "", tex)
     return re.sub(
         r"\\left\s*\\(?:\{|lbrace\b)\s*\\begin\{(array|matrix|aligned|split|gathered)\}"
         rf"(?:(?<=array\}}){COLUMNS})?(.*?)\\end\{{\1\}}\s*\\right\s*\.",

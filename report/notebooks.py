@@ -87,7 +87,6 @@ def execute(notebook, name, timeout=CELL_SECONDS, client=NotebookClient):
         km=manager,
         timeout=timeout,
         coalesce_streams=True,
-        store_widget_state=True,
         record_timing=False,
         shutdown_kernel="immediate",
         # Its own log warns at every start, and shows tracebacks at Ctrl-C
@@ -114,7 +113,9 @@ def execute(notebook, name, timeout=CELL_SECONDS, client=NotebookClient):
         why = "the kernel died, perhaps for lack of memory, or does not answer"
         cause = error
     else:
-        _replace_widgets(notebook, client.widget_state)
+        for cell in notebook.cells:
+            if cell.cell_type == "code":
+                cell.outputs = _without_widgets(cell.outputs, client.widget_state)
         notebook.metadata["provenance"] = _where_and_when()
         return
     count = cell.get("execution_count")
@@ -142,31 +143,35 @@ def _environment(settings):
     return {**kept, **NO_TIME, "IPYTHONDIR": settings, "MPLCONFIGDIR": settings}
 
 
-def _replace_widgets(notebook, states):
-    """Put the words of widgets, as of a progress bar, where only a kernel draws one."""
+def _without_widgets(outputs, states):
+    """Return outputs with what widgets show in place of these, which need a kernel.
+
+    One without words, as a slider, stays.
+    """
 
     def state_of(name):
         return states.get(name.removeprefix("IPY_MODEL_"), {})
 
-    def words(state):
-        texts = [state.get("description"), state.get("value")]
-        texts += [words(state_of(child)) for child in state.get("children", [])]
-        for output in state.get("outputs", []):
-            texts.append(output.get("text", output.get("data", {}).get("text/plain")))
-        parts = [t for t in texts if isinstance(t, str)]
-        return " ".join(
-            BeautifulSoup(" ".join(parts), "html.parser").get_text().split()
-        )
+    def inside(state):
+        children = map(state_of, state.get("children", []))
+        return [state, *(each for child in children for each in inside(child))]
 
-    for cell in notebook.cells:
-        for output in list(cell.get("outputs", [])):
-            view = output.get("data", {}).pop(WIDGET, None)
-            state = state_of(view["model_id"]) if view else {}
-            if state_of(state.get("layout") or "").get("visibility") == "hidden":
-                cell.outputs.remove(output)  # a bar that is not left
-            elif view:
-                plain = output.data.get("text/plain", "")
-                output.data["text/plain"] = words(state) or plain
+    found = []
+    for output in outputs:
+        view = output.get("data", {}).get(WIDGET)
+        widgets = inside(state_of(view["model_id"])) if view else []
+        layout = state_of(widgets[0].get("layout") or "") if widgets else {}
+        if layout.get("visibility") == "hidden":
+            continue  # a bar that is not left
+        values = [w["value"] for w in widgets if isinstance(w.get("value"), str)]
+        words = BeautifulSoup(" ".join(values), "html.parser").get_text().split()
+        if words:
+            output["data"] = {"text/plain": " ".join(words)}
+        if words or not any("outputs" in widget for widget in widgets):
+            found.append(output)
+        held = [one for widget in widgets for one in widget.get("outputs", [])]
+        found += _without_widgets(map(nbformat.from_dict, held), states)
+    return found
 
 
 def _where_and_when():

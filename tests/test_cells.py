@@ -118,6 +118,8 @@ MARKDOWN = [  # the source, what the PDF shows, what is named; "..." is anything
     (r"$$ a &= 7041 \\ b &= 7042 $$", "7041 ... 7042"),
     (r"$$A = \begin{matrix} 1 & 2 \\ 3 & 4 \end{matrix} B$$", "A = 1 3 2 4B"),
     (r"$\begin{vmatrix} 1 & 2 \end{vmatrix}$", "|1 2|"),
+    (r"$\bra{a} \ket{b} \braket{c|d} \rlap{e} \small 7041$", "⟨c | d⟩e7041"),
+    (r"$\tbinom{4}{2} \surd \llap{f}\space\mathinner{7041}$", "√"),
     ("<div>Here $\\alpha = 7041$.</div>", "α = 7041"),
     ("## On $\\alpha$ and $x^2$\n\nmore", "On α and ... more"),
     (r"Then $\argmax_x f$ holds.", r"\argmax_x f", "formula"),
@@ -237,8 +239,15 @@ CODE = [  # what prints or shows something, what the PDF shows, what is named
     ("from tqdm.auto import tqdm\nfor _ in tqdm([1], 'run'): pass", "run: 100% 1/1"),
     ("for _ in tqdm([1], 'run', leave=False): pass\nprint('7041')", "Task 1 7041"),
     (
-        "import ipywidgets\nw = ipywidgets.Output()\nwith w: print('7041')\nw",
-        "Task 1 7041",
+        "import ipywidgets\nw = ipywidgets.Output()\n"
+        "with w: print('a<b, c>d'); display(Markdown('- 7041'))\nw",
+        "Task 1 a<b, c>d • 7041",
+    ),
+    ("ipywidgets.IntSlider(70)", "not shown ... IntSlider(value=70", "widget-view"),
+    (
+        r"Other('t', '<table><tr><td>7041</td></tr></table>', "
+        r"r'\begin{center}\begin{tabular}{l} $t$')",
+        "Task 1 7041 The end.",
     ),
     ("Code('x = 7041', language='python')", "Task 1 x = 7041 The end."),
     ("Latex('So $x = 7041$')", "So x = 7041"),
