@@ -236,7 +236,7 @@ if __name__ == "__main__":
 # and training can make its logits larger.
 
 # %% [markdown]
-# ### What the heads look at
+# ### What the heads attend to
 #
 # To make attention visible, the input of Figure 2 has structure: a disc, a bar and a
 # background, where the tokens of a region share one random direction, each with noise
@@ -248,9 +248,9 @@ if __name__ == "__main__":
 # figures.plot_attention_maps(queries=[(4, 4), (12, 9)], heads=[0, 1, 2]);
 
 # %% [markdown]
-# **Figure 2.** Where two tokens look. Left: the regions of the input, with the query
-# token marked by a cross (top: in the disc, bottom: in the bar). Right: the attention
-# weights that three of the eight heads give to all 256 tokens of the grid.
+# **Figure 2.** What two tokens attend to. Left: the regions of the input, with the
+# query token marked by a cross (top: in the disc, bottom: in the bar). Right: the
+# attention weights that three of the eight heads give to all 256 tokens of the grid.
 # <!-- alt: Two rows of heat maps over a 16 by 16 grid. The token in the disc gives
 # nearly all of its weight to the tokens of the disc, the token in the bar to those of
 # the bar; the three heads agree on the region and differ in how evenly they spread
@@ -286,6 +286,9 @@ if __name__ == "__main__":
 # Memory and time rise as well, in the end faster than the tokens. -->
 
 # %% [markdown]
-# Memory grows with $L^2$ too, since $h L^2$ attention weights are kept. This is why a
-# Vision Transformer attends over patches and not over pixels: a CIFAR-10 image has 64
-# patches of 4 x 4 pixels, but 1024 pixels.
+# For the backward pass, the layer keeps $h L^2$ attention weights and $4LD$ other
+# values, so memory, too, grows mostly with $L^2$ above $L = 4D / h = 128$. Time can
+# grow faster than the operations that are counted: the softmax, and moving $h L^2$
+# weights through memory, cost time as well. This is why a Vision Transformer attends
+# over patches and not over pixels: a CIFAR-10 image has 64 patches of 4 x 4 pixels, but
+# 1024 pixels.

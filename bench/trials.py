@@ -14,10 +14,11 @@ size, with the paper's dropout, broken off, and with Xavier patches.
 
 A finished trial is a file in ``bench/trials`` and is not run again. An interrupted one
 continues after its last epoch, from its folder in ``build/trials``. What all of them
-reached is in ``runs/trials.csv``, which the notebook reads.
+reached is in the tables of ``runs``, of which the notebook shows two.
 """
 
 import argparse
+import collections
 import csv
 import functools
 import io
@@ -369,39 +370,67 @@ def store(path, record):
     )
 
 
-def table():
-    """Return what every trial reached, and every quick run, as CSV.
+def percent(*shares):
+    """Return shares as they are printed."""
+    return [f"{100 * share:.2f}" for share in shares]
 
-    Accuracies in percent, loss in nats, both held out: after the last epoch, or the
-    mean over the last five if there are 20 or more, since single epochs scatter. Of a
-    quick run, they are of the test images.
+
+def reached(runs):
+    """Return what runs of a trial reached on the held-out images, as it is printed.
+
+    Two accuracies in percent and the loss in nats: the mean over the runs and, since
+    single epochs scatter, over the last five epochs if there are 20 or more.
+    """
+    number = 5 if runs[0]["epochs"] >= 20 else 1
+    *accuracies, loss = (
+        statistics.mean(statistics.mean(run[kind][-number:]) for run in runs)
+        for kind in ("held_out_accs", "held_out_accs_eval", "held_out_losses")
+    )
+    return [*percent(*accuracies), f"{loss:.3f}"]
+
+
+def tables():
+    """Return the tables in ``runs`` by name, each a list of rows, its header first.
+
+    The trials; the ablations, each with its mean over the seeds; and the quick runs,
+    judged by the test images, with mean and spread.
     """
     found = [json.loads(p.read_text("utf-8")) for p in sorted(FOLDER.glob("*.json"))]
     short = [record for record in found if "held_out_accs" in record]
-    rows = []
+    trials = [[*(r[key] for key in SETTINGS_SHOWN), *reached([r])] for r in short]
+    models = collections.defaultdict(list)
     for record in short:
-        number = 5 if record["epochs"] >= 20 else 1
-        recipe, evaluated, loss = (
-            statistics.mean(record[name][-number:]) if name in record else None
-            for name in ("held_out_accs", "held_out_accs_eval", "held_out_losses")
-        )
-        settings = [record[key] for key in SETTINGS_SHOWN]
-        rows.append([*settings, f"{100 * recipe:.2f}", f"{100 * evaluated:.2f}"])
-        rows[-1] += ["" if loss is None else f"{loss:.3f}", ""]
-    quick = [(MAIN, records.read_history(ROOT / records.QUICK_RECORD))]
-    quick += [(MAIN, record) for record in found if "val_accs" in record]
-    for path in sorted((ROOT / "bench" / "former").glob("quick-*.json")):
-        quick.append((XAVIER_PATCHES, json.loads(path.read_text("utf-8"))))
-    for name, history in quick:
-        ends = [f"{100 * history[k][-1]:.2f}" for k in ("val_accs", "val_accs_eval")]
-        settings = (history[key] for key in ("batch_size", "lr", "n_epochs"))
-        first = records.first_epoch_at(history["val_accs"], 0.7)
-        row = ["quick", name, *settings, 50_000, history["seed"], *ends]
-        rows.append([*row, "", first])
+        if record["group"] == "ablation":
+            models[record["name"]].append(record)
+    quick = [records.read_history(ROOT / records.QUICK_RECORD)]
+    quick += [record for record in found if "val_accs" in record]
+    seeds, ends = [], []
+    for run in quick:
+        ends.append([run["val_accs"][-1], run["val_accs_eval"][-1]])
+        first = records.first_epoch_at(run["val_accs"], 0.7)
+        seeds.append([run["seed"], *percent(*ends[-1]), first or "never"])
+    spread = {"mean": statistics.mean, "standard deviation": statistics.stdev}
+    for name, of in spread.items() if len(ends) > 1 else ():
+        seeds.append([name, *percent(*map(of, zip(*ends, strict=True))), ""])
+    means = [[name, len(runs), *reached(runs)] for name, runs in models.items()]
+    shown = ["recipe / %", "`eval()` / %", "loss / nats"]
+    return {
+        "trials": [
+            [*SETTINGS_SHOWN, *shown],
+            *sorted(trials, key=lambda row: (row[0], -float(row[-3]))),
+        ],
+        "ablations": [
+            ["model", "seeds", *shown],
+            *sorted(means, key=lambda row: -float(row[-3])),
+        ],
+        "seeds": [["seed", *shown[:2], "70 % in epoch"], *seeds],
+    }
+
+
+def as_csv(rows):
+    """Return rows as the text of a file."""
     buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow([*SETTINGS_SHOWN, "recipe", "eval", "loss", "epoch_at_70"])
-    writer.writerows(sorted(rows, key=lambda row: (row[0], -float(row[7]))))
+    csv.writer(buffer, lineterminator="\n").writerows(rows)
     return buffer.getvalue()
 
 
@@ -411,7 +440,7 @@ def main():
     parser.add_argument(
         "groups",
         nargs="*",
-        help=f"which to run, of {', '.join(groups)}; the table is made in any case",
+        help=f"which to run, of {', '.join(groups)}; the tables are made in any case",
     )
     parser.add_argument("--cache-dir", default="data")
     arguments = parser.parse_args()
@@ -428,7 +457,9 @@ def main():
         for seed in SEEDS if "seeds" in arguments.groups else ():
             if not seed_path(seed).exists():
                 store(seed_path(seed), run_seed(seed, arguments.cache_dir, device))
-        records.write_whole(ROOT / records.TRIALS_TABLE, table().encode())
+        for name, rows in tables().items():
+            path = ROOT / records.RUNS / f"{name}.csv"
+            records.write_whole(path, as_csv(rows).encode())
     except records.UserError as error:
         return f"error: {error}"
     except KeyboardInterrupt:

@@ -107,7 +107,7 @@ def _members(submission, weights, pictures):
         *map(Path, LISTINGS),
         *(submission.run / name for name in names),
         *pictures,
-        *filter(Path.is_file, [records.TRIALS_TABLE]),
+        *records.RUNS.glob("*.csv"),
     ]
     project = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))
     needed = [entry.split(",")[0] for entry in project["dependency-groups"]["run"]]

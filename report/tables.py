@@ -11,7 +11,7 @@ from report.sync import edited_since, provenance
 from support.dataset import ARCHIVE_MD5, is_present
 from support.records import describe, finished, first_epoch_at
 
-RECIPE = "make_loaders to train_run"
+RECIPE = "BATCH_SIZE to train_run"
 GRID_ATTENTION = "SelfAttention2d.forward to SelfAttention2d"
 # The sheet's 20 points: what, points, the code (from one definition to another), and
 # the unit test, or the mark of validation accuracy, that is the evidence
@@ -60,7 +60,7 @@ def points(printed, history):
 def result(printed, history):
     """Return the sentences that stand first: what was reached, and how sure that is."""
     scatter = re.search(r"^\| standard deviation \| ([\d.]+)", printed, re.MULTILINE)
-    seeds = "; over seeds, shorter runs of an earlier model have a standard deviation"
+    seeds = "; shorter runs that differ in the seed have a standard deviation"
     seeds = f"{seeds} of {scatter[1]} points (recipe)" if scatter else ""
     recipe, evaluated = history["val_accs"], history["val_accs_eval"]
     first = first_epoch_at(recipe, 0.7)

@@ -4,11 +4,10 @@ A ``plot_...`` function returns a figure. Where the model or its predictions are
 (None), it says so in one line instead.
 """
 
-import collections
 import csv
 import functools
 import math
-import statistics
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -18,7 +17,7 @@ from IPython.display import Markdown
 
 from attention import SelfAttention2d
 from support import analysis
-from support.records import TRIALS_TABLE, first_epoch_at
+from support.records import first_epoch_at
 from vision_transformer import VisionTransformer
 
 BLUE, ORANGE, SKY, YELLOW, GREY = "#0072B2", "#D55E00", "#56B4E9", "#E69F00", "0.45"
@@ -306,7 +305,7 @@ def show_confident(predictions):
     return _table(["confidence ≥ / %", "images / %", "correct / %"], rows)
 
 
-# --- Task 2: trials ---------------------------------------------------
+# --- Tables ------------------------------------------------------------
 
 
 def _table(header, rows):
@@ -315,40 +314,12 @@ def _table(header, rows):
     return Markdown("\n".join(f"| {' | '.join(map(str, line))} |" for line in lines))
 
 
-def _trials(group):
-    with TRIALS_TABLE.open(encoding="utf-8", newline="") as file:
-        return [row for row in csv.DictReader(file) if row["group"] == group]
-
-
-def _of(statistic, rows, name, digits=2):
-    return f"{statistic(float(row[name]) for row in rows):.{digits}f}"
-
-
-def show_trials():
-    """Show the ablations, the best first; those of several seeds by the mean."""
-    same = collections.defaultdict(list)
-    for row in _trials("ablation"):
-        same[row["name"]].append(row)
-    rows = []
-    for name, runs in same.items():
-        values = [_of(statistics.mean, runs, key) for key in ("recipe", "eval")]
-        values.append(_of(statistics.mean, runs, "loss", 3))
-        rows.append([f"**{name}**" * (name == "the model") or name, len(runs), *values])
-    header = ["model", "seeds", "recipe / %", "`eval()` / %", "loss / nats"]
-    return _table(header, sorted(rows, key=lambda row: -float(row[2])))
-
-
-def show_seeds():
-    """Show quick runs that differ in the seed, with their mean and spread."""
-    runs = [row for row in _trials("quick") if row["name"] == "Xavier patches"]
-    runs.sort(key=lambda row: int(row["seed"]))
-    rows = [[r["seed"], r["recipe"], r["eval"], r["epoch_at_70"]] for r in runs]
-    for what, of in (
-        ("mean", statistics.mean),
-        ("standard deviation", statistics.stdev),
-    ):
-        rows.append([what, *(_of(of, runs, key) for key in ("recipe", "eval")), ""])
-    return _table(["seed", "recipe / %", "`eval()` / %", "70 % in epoch"], rows)
+def show_table(path, bold=None):
+    """Show a table that is stored as CSV, the row that begins with ``bold`` in bold."""
+    with Path(path).open(encoding="utf-8", newline="") as file:
+        header, *rows = csv.reader(file)
+    rows = [[f"**{c}**" for c in row] if row[0] == bold else row for row in rows]
+    return _table(header, rows)
 
 
 # --- Task 2: what the model has learned -------------------------------

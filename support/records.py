@@ -33,7 +33,6 @@ QUICK = {**DEFAULT, "batch_size": 32, "lr": 2e-4, "n_epochs": 8}  # chosen by tr
 PRESETS = {"default": DEFAULT, "quick": QUICK}
 RUNS = Path("runs")
 RECORD, QUICK_RECORD = RUNS / "exercise", RUNS / "quick"
-TRIALS_TABLE = RUNS / "trials.csv"  # what short runs reached
 HISTORY_NAME = "history.json"
 WEIGHTS_NAME = "vision_transformer.safetensors"
 PROBE_TOLERANCE = 1e-3

@@ -54,7 +54,9 @@ def shown(student=STUDENT, **changes):
 
 
 def source_of(name):
-    """Return the lines of a graded definition, as in "VisionTransformer.forward"."""
+    """Return the lines of a definition ("VisionTransformer.forward"), or parameter."""
+    if name.isupper():
+        return [f"{name} = "]
     is_task_1 = hasattr(attention, name.split(".")[0])
     module = attention if is_task_1 else vision_transformer
     found = functools.reduce(getattr, name.split("."), module)
@@ -191,7 +193,8 @@ EXPECTED = {
     *("support/analysis.py", "support/dataset.py", "support/figures.py"),
     *("support/records.py", "support/training.py"),
     *("runs/exercise/history.json", WEIGHTS),
-    *("runs/trials.csv", "README.txt", "requirements.txt"),
+    *("runs/trials.csv", "runs/ablations.csv", "runs/seeds.csv"),
+    *("README.txt", "requirements.txt"),
     "Müller-Lüdenscheidt-12345678.pdf",
 }
 

@@ -1,9 +1,8 @@
 """The short runs that choices and ablations rest on."""
 
-import csv
-import io
 import json
 import math
+import statistics
 import sys
 import time
 from dataclasses import asdict
@@ -67,12 +66,23 @@ def test_a_candidate_that_takes_longer_has_a_ratio_above_one():
     assert 2 < measured["slow"]["times_ours"] < 8
 
 
-def test_the_table_says_what_the_records_say():
-    assert trials.table() == (ROOT / records.TRIALS_TABLE).read_text(encoding="utf-8")
-    rows = list(csv.DictReader(io.StringIO(trials.table())))
-    final = next(r for r in rows if (r["group"], r["name"]) == ("final", trials.XAVIER))
+def test_the_tables_say_what_the_records_say():
+    tables = trials.tables()
+    for name, rows in tables.items():
+        path = ROOT / records.RUNS / f"{name}.csv"
+        assert trials.as_csv(rows) == path.read_text(encoding="utf-8")
+    final = next(r for r in tables["trials"] if r[:2] == ["final", trials.XAVIER])
     path = trials.FOLDER / "final-zero-branches-MLP-dropout.json"
     record = json.loads(path.read_text(encoding="utf-8"))
-    assert float(final["recipe"]) == pytest.approx(
+    assert float(final[-3]) == pytest.approx(
         20 * sum(record["held_out_accs"][-5:]), abs=0.006
     )
+    single = [r for r in tables["trials"] if r[:2] == ["ablation", "Xavier patches"]]
+    found = next(r for r in tables["ablations"] if r[0] == "Xavier patches")
+    assert found[1] == len(single) == 3
+    accuracies = [float(row[-3]) for row in single]
+    assert float(found[2]) == pytest.approx(statistics.mean(accuracies), abs=0.011)
+    *runs, mean, deviation = tables["seeds"][1:]
+    accuracies = [float(run[1]) for run in runs]
+    assert float(mean[1]) == pytest.approx(statistics.mean(accuracies), abs=0.01)
+    assert float(deviation[1]) == pytest.approx(statistics.stdev(accuracies), abs=0.01)
