@@ -287,8 +287,6 @@ if __name__ == "__main__":
 
 # %% [markdown]
 # For the backward pass, the layer keeps $h L^2$ attention weights and $4LD$ other
-# values, so memory, too, grows mostly with $L^2$ above $L = 4D / h = 128$. Time can
-# grow faster than the operations that are counted: the softmax, and moving $h L^2$
-# weights through memory, cost time as well. This is why a Vision Transformer attends
-# over patches and not over pixels: a CIFAR-10 image has 64 patches of 4 x 4 pixels, but
-# 1024 pixels.
+# values: above $L = 4D / h = 128$, memory, too, grows mostly with $L^2$. The softmax,
+# which is not counted, adds time. This is why a Vision Transformer attends over patches
+# and not over pixels: a CIFAR-10 image has 64 patches of 4 x 4 pixels, but 1024 pixels.

@@ -112,7 +112,7 @@ def plot_cost(sides):
         costs = analysis.saved_for_backward(layer, x), analysis.fastest_pass(layer, x)
         rows.append((side * side, *analysis.count_operations(layer, x), *costs))
     tokens, projections, products, kept, seconds = zip(*rows, strict=True)
-    figure, axes = _panels(2.2, columns=3)
+    figure, axes = _panels(2.0, columns=3)
     series = [
         (0, projections, 1e6, "o-", BLUE, "projections"),
         (0, products, 1e6, "s--", ORANGE, "products"),
@@ -278,7 +278,7 @@ def plot_predictions(predictions):
         "confident, wrong": order[~right[order]][:columns],
     }
     no_ticks = {"xticks": [], "yticks": []}
-    figure, axes = _panels(3.5, 3, columns, subplot_kw=no_ticks)
+    figure, axes = _panels(3.4, 3, columns, subplot_kw=no_ticks)
     figure.get_layout_engine().set(hspace=0.06)  # a row's labels apart from the next's
     for axes_row, (name, chosen) in zip(axes, rows.items(), strict=True):
         axes_row[0].set_ylabel(name)
