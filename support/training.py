@@ -275,9 +275,13 @@ class Run:
             except KeyboardInterrupt:
                 say(f"Interrupted: {self._saved()}.")
                 raise KeyboardInterrupt(self._saved()) from None
-            except RuntimeError as error:
-                if not re.search(EXHAUSTED, str(error)):
+            except (RuntimeError, ConnectionError) as error:
+                is_lost = isinstance(error, ConnectionError)  # a worker's, to this one
+                if not is_lost and not re.search(EXHAUSTED, str(error)):
                     raise
+                # Else torch raises again whenever another process of the loader ends
+                with contextlib.suppress(AttributeError, ValueError):  # Windows, thread
+                    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
                 reason = str(error).strip().split("\n")[-1]
                 raise UserError(
                     f"memory, or a process that loads images, is gone ({reason}): "
